@@ -14,6 +14,7 @@ import importlib
 import logging
 import os
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -163,23 +164,17 @@ class HPS:
 def parse_rewards(spec) -> dict[str, float]:
     """ "hps:0.7,clip:0.3" -> {"hps": 0.7, "clip": 0.3}; the weight is 1 where none is given.
 
-    A name is `hps`, `clip`, or `package.module:function` for a function of your own.
+    A name is hps, clip, or package.module:function for a function of the user's.
     """
     rewards = {}
     for item in spec.split(","):
-        name, *rest = (part.strip() for part in item.split(":"))
-        if name not in ("hps", "clip") and rest:
-            name = f"{name}:{rest.pop(0)}"
-        if name not in ("hps", "clip") and not all(p.isidentifier() for p in name.replace(":", ".").split(".")) \
-                or ":" not in name and name not in ("hps", "clip") or name in rewards or len(rest) > 1:
-            raise BadInput(f"--reward {spec}: {item.strip() or 'an empty item'!r} must be hps, clip or "
-                           "package.module:function, each once, each with an optional :weight")
-        try:
-            rewards[name] = float(rest[0]) if rest else 1.0
-        except ValueError:
-            rewards[name] = float("nan")
-        if not 0 < rewards[name] < float("inf"):
-            raise BadInput(f"--reward {spec}: the weight {rest[0]!r} of {name} must be a number above 0")
+        match = re.fullmatch(r"(hps|clip|[\w.]+:[a-zA-Z_]\w*)(?::([\d.]+(?:e-?\d+)?))?", item.strip())
+        if not match or match[1] in rewards:
+            raise BadInput(f"--reward {spec}: {item!r} must be hps, clip or package.module:function, "
+                           "once, with :WEIGHT behind it or nothing")
+        rewards[match[1]] = float(match[2] or 1)
+        if rewards[match[1]] == 0:
+            raise BadInput(f"--reward {spec}: the weight of {match[1]} must be above 0")
     return rewards
 
 
@@ -238,30 +233,44 @@ TINY_CLIP = """{"embed_dim": 64,
  "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}}"""
 
 
-def build_tiny_hps(folder, images, labels, steps=400, batch=64):
-    """Train a miniature CLIP on the tiny world: hps.pt when it is done, clip.pt from half way there."""
-    arch = Path(folder) / "tiny-clip.json"
+def fit(model, loss, count, steps, batch, rate, title):
+    """Train a tiny model with AdamW on loss(indices of a random batch out of count)."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    for _ in tqdm(range(steps), desc=title, unit="step", dynamic_ncols=True):
+        optimizer.zero_grad()
+        loss(torch.randint(count, (batch,))).backward()
+        optimizer.step()
+        schedule.step()
+    model.eval()
+
+
+def build_tiny_hps(folder, images, labels):
+    """A miniature CLIP of the tiny world: clip.pt when it is half trained, hps.pt at the end."""
+    folder.mkdir()
+    arch = folder / "tiny-clip.json"
     arch.write_text(TINY_CLIP)
     model, tokenizer = new_clip(arch)
     text = tokenizer(TINY_PROMPTS)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
-    generator = torch.Generator().manual_seed(0)
-    for step in tqdm(range(steps), desc="tiny HPS  (3/3)", unit="step"):
-        pick = torch.randint(len(images), (batch,), generator=generator)
-        # generated pictures are blurred and noisy beside drawn ones; a judge must have seen such
-        noise = torch.randn(batch, 3, 32, 32, generator=generator)
-        pixels = images[pick] + 0.1 * torch.rand(batch, 1, 1, 1, generator=generator) * noise
-        features = model.encode_image(preprocess(pixels.clamp(0, 1), 32), normalize=True)
-        logits = model.logit_scale.exp() * features @ model.encode_text(text, normalize=True).T
-        loss = F.cross_entropy(logits, labels[pick])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step + 1 in (steps // 2, steps):
-            name = "hps.pt" if step + 1 == steps else "clip.pt"
-            torch.save({"state_dict": model.state_dict()}, Path(folder) / name)
+
+    def loss(pick):
+        # a judge of generated pictures must have seen noisy ones
+        noise = 0.1 * torch.rand(len(pick), 1, 1, 1) * torch.randn(len(pick), 3, 32, 32)
+        pixels = preprocess((images[pick] + noise).clamp(0, 1), 32)
+        features = model.encode_image(pixels, normalize=True)
+        words = model.encode_text(text, normalize=True)
+        return F.cross_entropy(model.logit_scale.exp() * features @ words.T, labels[pick])
+
+    for name in ("clip", "hps"):
+        fit(model, loss, len(images), steps=200, batch=64, rate=1e-3, title=f"tiny {name:4} (3/3)")
+        torch.save({"state_dict": model.state_dict()}, folder / f"{name}.pt")
+
+
+def tiny_accuracy(hps, images, prompts):
+    """(B,) 1.0 where the model takes an image for its own prompt among all 24, else 0.0."""
+    scores = torch.stack([hps(images, [p] * len(images)) for p in TINY_PROMPTS])  # (24, B)
+    own = torch.tensor([TINY_PROMPTS.index(p) for p in prompts], device=scores.device)
+    return (scores.argmax(0) == own).float()
 
 
 # ------------------------------------------------------------------------------------- command line
