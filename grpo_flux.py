@@ -6,16 +6,15 @@ DanceGRPO (Xue et al., arXiv 2505.07818) in six lines, each with the functions t
     2. do that G times for the same prompt: a group                    plan_prompts
     3. decode, and let a model of human preference score the images    decode, reward.HPS
     4. advantage: by how many deviations is an image above its group   group_advantages
-    5. make the steps of good images more probable, those of bad ones  update, grpo_loss
-       less, a little at a time: PPO's clipped ratio
+    5. make the steps of good images more probable: PPO's clipped loss  update, grpo_loss
     6. repeat with new prompts                                         main
 
 What differs from the authors' code, and why:
 
     1. The model is told σ itself as its timestep, not int(1000 σ) / 1000.
-    2. A step's log-density keeps its constants, which theirs drops. The ratio is the same.
-    3. Images are made in batches. Kernels give other bits for other batch sizes, so rollout and
-       update use one size, and the first ratio is exactly 1. Theirs is 1 only at batch 1.
+    2. Log-densities keep their constants, which theirs drop; ratios are the same.
+    3. Batches: kernels give other bits for other batch sizes, so rollout and update use one size,
+       and the first ratio is exactly 1. Theirs is 1 only at batch 1.
     4. Every random number has a name (seed, purpose, step, prompt, sample, t): the same images on
        every device, with every batch size and number of processes.
     5. Samples whose advantage is 0 are left out of the update: their gradient is 0.
@@ -25,9 +24,8 @@ What differs from the authors' code, and why:
     torchrun --nproc_per_node 8 grpo_flux.py --model black-forest-labs/FLUX.1-dev \\
         --hps HPS_v2.1_compressed.pt --prompts prompts.txt  # the real one
 
-Letters in comments on shapes: B samples, G samples of a group (one prompt), T denoising steps,
-L latent tokens of an image, C channels of one, S text tokens, D channels of one; latents before
-they are packed into tokens are (c, h, w).
+Letters of shapes: B samples, G samples of a group (one prompt), T denoising steps, L latent tokens
+of an image, C channels of one, S text tokens, D channels of one; unpacked latents are (c, h, w).
 """
 
 import argparse
@@ -36,12 +34,10 @@ import inspect
 import json
 import math
 import os
-import platform
 import re
-import shutil
 import tempfile
-import textwrap
 import time
+import warnings
 from collections import namedtuple
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -57,7 +53,7 @@ from tqdm import tqdm
 import reward
 from reward import BadInput
 
-# ---------------------------------------------------------------------------------------- config
+# ------------------------------------------------------------------------------------------ config
 
 
 @dataclass
@@ -68,7 +64,7 @@ class Config:
     out: str = ""  # folder for all that a run writes; else the first free runs/<model>
     cache: str = ""  # folder to keep the tiny models in; else ~/.cache/grpo_flux
     device: str = "auto"  # {auto cuda npu cpu}
-    dtype: str = "auto"  # of the transformer's arithmetic {auto fp32 bf16}; fp32 if on the cpu
+    dtype: str = "auto"  # of the model's arithmetic {auto fp32 bf16}; auto: fp32 on a cpu, else bf16
     seed: int = 0  # part of the name of every random draw [0, 4294967295]
     steps: int = 300  # GRPO steps: a rollout, its rewards, its updates [1, 1e9]
     # reward
@@ -106,24 +102,20 @@ class Config:
 
     def __post_init__(self):
         for name, (_, comment) in COMMENTS.items():  # they hold what is allowed: see --help
-            value, message = getattr(self, name), ""
+            value, must = getattr(self, name), ""
             if interval := re.search(r"\[(\S+), (\S+)\]", comment):
                 low, high = map(float, interval.groups())
-                message = "" if low <= value <= high else f"must be from {low:g} to {high:g}"
+                must = "" if low <= value <= high else f"must be from {low:g} to {high:g}"
             elif choices := re.search(r"\{(.+)\}", comment):
-                allowed = choices[1].split()
-                message = "" if value in allowed else f"must be {' or '.join(allowed)}"
-            if name in ("height", "width") and not message and value % 16:
-                message = "must be a multiple of 16"
-            if message:
-                raise BadInput(f"--{name} {value}: {message}")
+                must = "" if value in choices[1].split() else f"must be one of {choices[1]}"
+            if name in ("height", "width") and value % 16:
+                must = must or "must be a multiple of 16"
+            if must:
+                raise BadInput(f"--{name} {value}: {must}")
         size, samples = self.gradient_accumulation_steps, self.num_prompts * self.num_generations
-        if size % self.micro_batch:
+        if size % self.micro_batch or samples % size:
             raise BadInput(f"--gradient_accumulation_steps {size}: must be a multiple of "
-                           f"--micro_batch {self.micro_batch}")
-        if samples % size:
-            raise BadInput(f"--gradient_accumulation_steps {size}: must divide the {samples} samples "
-                           "of --num_prompts x --num_generations")
+                           f"micro_batch {self.micro_batch} and divide the step's {samples}")
         reward.parse_rewards(self.reward)
 
 
@@ -137,13 +129,12 @@ TINY = dict(  # what --model tiny takes instead; a flag on the command line wins
     gradient_checkpointing=False, eval_images=192)
 
 
-# -------------------------------------------------------------------------------------- flow SDE
+# ---------------------------------------------------------------------------------------- flow SDE
 
 def sigma_schedule(sampling_steps: int, shift: float) -> list[float]:
     """Noise levels σ of T steps: T + 1 values from 1.0, noise, down to 0.0, the image.
 
-    t = linspace(1, 0, T + 1);  σ = s t / (1 + (s - 1) t)
-    Esser et al., arXiv 2403.03206, on shifting timesteps for higher resolution.
+    t = linspace(1, 0, T + 1);  σ = s t / (1 + (s - 1) t)  (Esser et al., arXiv 2403.03206)
     """
     ts = [1 - i / sampling_steps for i in range(sampling_steps + 1)]
     return [shift * t / (1 + (shift - 1) * t) for t in ts]
@@ -157,7 +148,7 @@ def flux_step(v, x, sigma, sigma_next, eta, sde="dance", noise=None, x_next=None
     steps add noise of deviation std and correct the mean for it, so that x keeps the
     distribution that it has without. With dt = σ' - σ, which is negative:
 
-      dance  score = -(x - (1 - σ) x0) / σ²;  mean = x + v dt - ½ η² score dt;  std = η √-dt
+      dance  score = -(x - (1 - σ) x0) / σ²;  mean = x + v dt - ½ η² score dt;  std = η√-dt
              (DanceGRPO, arXiv 2505.07818)
       flow   the same with η √(σ / (1 - σ)) for η; at σ = 1, σ' stands for the σ of 1 - σ
              (Flow-GRPO, arXiv 2505.05470)
@@ -189,8 +180,6 @@ def flux_step(v, x, sigma, sigma_next, eta, sde="dance", noise=None, x_next=None
     if not random:
         return x + v * dt, x0, x.new_full((len(x),), float("nan"))
     if x_next is None:
-        if noise is None:
-            raise ValueError("flux_step needs noise to take a step, or x_next to score one")
         x_next = mean + std * noise  # fp32 from now on: bf16 would move the ratio by 7 clip ranges
     z = (x_next.detach() - mean) / std
     logp = (-0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)).mean(dim=(1, 2))
@@ -217,13 +206,13 @@ def image_ids(h, w):
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3).float()
 
 
-# ------------------------------------------------------------------------------------------ GRPO
+# -------------------------------------------------------------------------------------------- GRPO
 
 def group_advantages(rewards, num_generations, eps=1e-8):
     """(B,) rewards -> (B,) advantages: (r - mean) / (std + eps) in each group of num_generations.
 
-    Unbiased std, as in DanceGRPO. A group of equal rewards says nothing and gets exactly 0; the
-    formula alone would divide the rounding of its mean by eps.
+    Unbiased std, as in DanceGRPO. A group of equal rewards gets exactly 0: the formula alone would
+    divide the rounding of its mean by eps.
     """
     r = rewards.view(-1, num_generations)  # (B / G, G)
     advantages = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + eps)
@@ -248,7 +237,7 @@ def grpo_loss(logp, logp_old, advantages, clip_range, adv_clip_max):
     return torch.maximum(free, clipped).mean(), stats
 
 
-# --------------------------------------------------------------------------------------- rollout
+# ----------------------------------------------------------------------------------------- rollout
 
 # sigmas (T+1,); x (B, T, L, C) before each step; x0 (B, L, C) the images; logp (B, T-1)
 Trajectory = namedtuple("Trajectory", "sigmas x x0 logp")
@@ -286,7 +275,10 @@ def rollout(predict, x, text, keys, cfg, eta):
             # the shape (B, 1, 1) of the update: with the same shapes come the same bits
             sigma, sigma_next = (sigmas[t + k].expand(len(z), 1, 1) for k in (0, 1))
             eta_t = eta if t < T - 1 else 0  # the last step's x_next is x0, the image
-            noise = draw_noise(z, keys[i:i + n], t, cfg) if eta_t else None
+            noise = None
+            if eta_t:
+                noise = [randn(z.shape[1:], cfg.seed, NOISE, *key, t) for key in keys[i:i + n]]
+                noise = torch.stack(noise).to(z.device)
             v = predict(z, sigma, words)
             states.append(z)
             z, x0, logp = flux_step(v, z, sigma, sigma_next, eta_t, cfg.sde, noise)
@@ -309,7 +301,7 @@ def decode(vae, x0, grid, micro_batch):
     return torch.cat(images)
 
 
-# ---------------------------------------------------------------------------------------- update
+# ------------------------------------------------------------------------------------------ update
 
 def plan_batches(advantages, cfg, device):
     """Samples and advantages (batches, micro_batch) of an update, batches per optimizer step.
@@ -336,7 +328,7 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg):
 
     advantages (B,) on the CPU. Each sample trains a random share timestep_fraction of its T-1
     random steps, each its own. Only the first optimizer step is on-policy: its ratio must be 1.
-    Returns the means of the statistics; the host waits for the device once an optimizer step.
+    Returns the means of the statistics. The host waits for the device once an optimizer step.
     """
     sigmas, states, _, logp_old = trajectory
     device, last = states.device, logp_old.shape[1]
@@ -363,14 +355,13 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg):
     zipped = list(zip(*results)) or [[0.0], [1.0], [0.0], [0.0], [0.0]]
     means = [sum(c) / len(c) for c in zipped]
     names = ("loss", "ratio", "clipped", "grad_norm")
-    return dict(zip(names, means), ratio_off=max(zipped[-1]), updates=len(results))
+    return {"updates": len(results)} | dict(zip(names, means)) | {"ratio_off": max(zipped[-1])}
 
 
 def descend(optimizer, sums, ratio_off, cfg, first):
     """The optimizer step, if its numbers are sound; returns loss, ratio, clipped share, gradient
     norm and the largest |ratio - 1| as floats: the one place where the host waits."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.max_grad_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded by FSDP
     *values, off = torch.stack([*sums, norm, ratio_off]).tolist()
     if not all(map(math.isfinite, values)):
@@ -384,7 +375,7 @@ def descend(optimizer, sums, ratio_off, cfg, first):
     return *values, off
 
 
-# ----------------------------------------------------------------------------------------- draws
+# ------------------------------------------------------------------------------------------- draws
 
 LATENTS, NOISE, TRAINED, PROMPTS, HELD_OUT = range(5)  # the purpose in the name of a draw
 
@@ -409,11 +400,6 @@ def draw_latents(keys, shape, cfg):
     return pack_latents(torch.stack([randn(shape, cfg.seed, LATENTS, *name) for name in names]))
 
 
-def draw_noise(x, keys, t, cfg):
-    """Noise of step t for a batch x (B, L, C)."""
-    return torch.stack([randn(x.shape[1:], cfg.seed, NOISE, *key, t) for key in keys]).to(x.device)
-
-
 def plan_prompts(prompts, cfg, rank, world):
     """For every step, this process's prompts as (slot, prompt).
 
@@ -428,7 +414,7 @@ def plan_prompts(prompts, cfg, rank, world):
             for step in range(cfg.steps)]
 
 
-# ------------------------------------------------------------------------------------- processes
+# --------------------------------------------------------------------------------------- processes
 
 def start(name):
     """Join the other processes of torchrun, if there are any: device, rank, world size."""
@@ -444,18 +430,20 @@ def gather(x):
     """(n, ...) of every process -> (world * n, ...) in the order of their ranks."""
     if not dist.is_initialized():
         return x
-    out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous())
-    return out
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 
 def clock(device):
-    """Seconds, with the device's work done."""
-    torch.get_device_module(device).synchronize()
+    torch.get_device_module(device).synchronize()  # else it is still at work
     return time.perf_counter()
 
 
-# ---------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------ models
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 def read_prompts(path):
     """The lines of a UTF-8 file, stripped, without the empty ones."""
@@ -463,37 +451,31 @@ def read_prompts(path):
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--prompts {path}: must be a text file in UTF-8 ({error})") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise BadInput(f"--prompts {path}: is empty; one prompt a line is needed")
+    if not (prompts := [line.strip() for line in lines if line.strip()]):
+        raise BadInput(f"--prompts {path}: must hold a prompt a line, but is empty")
     return prompts
 
 
 def check_files(cfg):
-    """Refuse what cannot work while it is still cheap, before anything is loaded."""
-    tiny, folder = cfg.model == "tiny", Path(cfg.model)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise BadInput(f"--model {cfg.model}: has no model_index.json; must be a FLUX.1 in "
-                       "diffusers format")
-    if not tiny and not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", cfg.model):
-        raise BadInput(f"--model {cfg.model}: no such folder; must be tiny, a folder, or a hub "
-                       "name such as black-forest-labs/FLUX.1-dev")
+    """Refuse what cannot work before anything is loaded; returns the prompts."""
+    tiny = cfg.model == "tiny"
+    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", cfg.model) and not os.path.exists(cfg.model)
+    if not tiny and not on_hub and not (Path(cfg.model) / "model_index.json").is_file():
+        raise BadInput(f"--model {cfg.model}: must be tiny, a folder with a model_index.json, or a "
+                       "name on the hub such as black-forest-labs/FLUX.1-dev")
     for name in reward.parse_rewards(cfg.reward):
         path = getattr(cfg, name, None)  # None: a function of the user's
-        if path is not None and not (tiny and not path) and not os.path.isfile(path):
-            raise BadInput(f"--{name} {path or '(not given)'}: must be the file with the weights "
-                           f"of the reward {name}")
+        if path is not None and (path or not tiny) and not os.path.isfile(path):
+            raise BadInput(f"--{name} {path or '(not given)'}: must be the file with its weights")
     if cfg.out and (Path(cfg.out) / "metrics.jsonl").exists():
         raise BadInput(f"--out {cfg.out}: holds a run already; must be a folder of its own")
-    if cfg.prompts:
-        read_prompts(cfg.prompts)
-    elif not tiny:
+    if not tiny and not cfg.prompts:
         raise BadInput("--prompts (not given): must be a text file with one prompt a line")
+    return read_prompts(cfg.prompts) if cfg.prompts else reward.TINY_PROMPTS
 
 
 def prepare(cfg, device):
-    """cfg with every path filled in, the prompts, the rewards as {name: (weight, function)}."""
-    prompts = read_prompts(cfg.prompts) if cfg.prompts else reward.TINY_PROMPTS
+    """cfg with every path filled in, and the rewards as {name: (weight, function)}."""
     if cfg.dtype == "auto":
         cfg = replace(cfg, dtype="bf16" if reward.is_accelerator(device) else "fp32")
     if cfg.model == "tiny":
@@ -505,10 +487,9 @@ def prepare(cfg, device):
                                       f"{name}_arch": str(folder / "hps" / "tiny-clip.json")})
     rewards = {}
     for name, weight in reward.parse_rewards(cfg.reward).items():
-        source = (getattr(cfg, name), getattr(cfg, f"{name}_arch")) if ":" not in name else ()
-        function = reward.load_reward(name, *source, device=device, fp32=cfg.reward_fp32)
-        rewards[name] = weight, function
-    return cfg, prompts, rewards
+        source = getattr(cfg, name, ""), getattr(cfg, f"{name}_arch", "")
+        rewards[name] = weight, reward.load_reward(name, *source, device, cfg.reward_fp32)
+    return cfg, rewards
 
 
 @torch.no_grad()
@@ -516,10 +497,8 @@ def encode_prompts(cfg, prompts, device):
     """{prompt: (T5 tokens (S, D), CLIP vector (D'))} on the CPU; the encoders are freed again."""
     from diffusers import FluxPipeline
 
-    dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
-    pipe = FluxPipeline.from_pretrained(cfg.model, transformer=None, vae=None, torch_dtype=dtype)
-    pipe.to(device)
-    encoded = {}
+    encoded, rest = {}, dict(transformer=None, vae=None, dtype=DTYPES[cfg.dtype])
+    pipe = FluxPipeline.from_pretrained(cfg.model, **rest).to(device)
     for i in range(0, len(prompts), 16):
         part = prompts[i:i + 16]
         tokens, pooled, _ = pipe.encode_prompt(part, None, max_sequence_length=cfg.text_length)
@@ -527,47 +506,37 @@ def encode_prompts(cfg, prompts, device):
     return encoded
 
 
-def batch_text(encoded, prompts, device):
-    """Tokens (B, S, D) and vectors (B, D') of B prompts, on the device."""
+def batch_text(encoded, prompts, device):  # tokens (B, S, D), vectors (B, D')
     return tuple(torch.stack(c).to(device) for c in zip(*(encoded[p] for p in prompts)))
 
 
 def load_models(cfg, device):
-    """The transformer, fp32, sharded if there are several processes; and the frozen VAE."""
+    """The VAE, and the transformer in fp32; with several processes, sharded by FSDP2: each keeps a
+    share of the weights, gathers a block to compute it, and gets the mean of all gradients."""
     from diffusers import AutoencoderKL, FluxTransformer2DModel
-
-    source = dict(pretrained_model_name_or_path=cfg.model, subfolder="transformer")
-    transformer = None
-    if not dist.is_initialized() or dist.get_rank() == 0:  # one process reads the weights
-        transformer = FluxTransformer2DModel.from_pretrained(**source, torch_dtype=torch.float32)
-    if dist.is_initialized():
-        with torch.device("meta"):
-            empty = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(**source))
-        transformer = shard(empty, transformer, device, cfg.dtype == "bf16")
-    transformer.to(device).train()
-    if cfg.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
-    vae = AutoencoderKL.from_pretrained(cfg.model, subfolder="vae", torch_dtype=dtype)
-    return transformer, vae.to(device).requires_grad_(False)
-
-
-def shard(transformer, whole, device, bf16):
-    """FSDP2: each process keeps a share of the weights, gathers a block when it computes it, and
-    gets the mean of all gradients. transformer is on "meta"; rank 0 has its weights in `whole`."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else torch.float32,
-                                  reduce_dtype=torch.float32, cast_forward_inputs=False)
+    vae = AutoencoderKL.from_pretrained(cfg.model, subfolder="vae", dtype=DTYPES[cfg.dtype])
+    vae, kind = vae.to(device).requires_grad_(False), FluxTransformer2DModel
+    if not dist.is_initialized() or dist.get_rank() == 0:  # one process reads the weights
+        whole = kind.from_pretrained(cfg.model, subfolder="transformer", dtype=torch.float32)
+    if not dist.is_initialized():
+        return vae, whole.to(device)
+    with torch.device("meta"):
+        transformer = kind.from_config(kind.load_config(cfg.model, subfolder="transformer"))
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    for part in [*blocks, transformer]:
-        fully_shard(part, mesh=mesh, mp_policy=policy)
+    precision = MixedPrecisionPolicy(
+        param_dtype=DTYPES[cfg.dtype], reduce_dtype=torch.float32, cast_forward_inputs=False)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # read only here
+    for part in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
+        fully_shard(part, mesh=mesh, mp_policy=precision)
+    fully_shard(transformer, mesh=mesh, mp_policy=precision)
     transformer.to_empty(device=device)
+    weights = whole.state_dict() if dist.get_rank() == 0 else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(transformer, whole.state_dict() if whole else {}, options=options)
-    return transformer
+    set_model_state_dict(transformer, weights, options=options)
+    return vae, transformer
 
 
 def export(transformer, folder):
@@ -577,34 +546,29 @@ def export(transformer, folder):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(transformer, options=options)  # all on rank 0, none elsewhere
-    if weights:
+    if weights := get_model_state_dict(transformer, options=options):  # on rank 0
         with torch.device("meta"):  # FSDP has renamed the class of the trained one
             FluxTransformer2DModel.from_config(transformer.config).save_config(folder)
         pattern = "diffusion_pytorch_model{suffix}.safetensors"
         save_torch_state_dict(weights, folder, filename_pattern=pattern, max_shard_size="10GB")
 
 
-# ------------------------------------------------------------------------------------- tiny FLUX
+# --------------------------------------------------------------------------------------- tiny FLUX
 
 def tiny_models(cache):
     """The folder of the tiny models. The first run builds them, under another name until all is
     there; the name changes with the code that builds."""
-    recipe = build_tiny, build_tiny_vae, build_tiny_text, build_tiny_flux, reward.build_tiny_hps
-    sources = "".join(map(inspect.getsource, (*recipe, reward.draw, reward.fit)))
+    recipe = (build_tiny, build_tiny_vae, build_tiny_text, build_tiny_flux, reward.build_tiny_hps,
+              reward.draw, reward.fit)
+    text = "".join(map(inspect.getsource, recipe)) + str((reward.COLORS, reward.TINY_CLIP))
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo_flux"
-    folder = Path(cache or home) / f"tiny-{hashlib.sha256(sources.encode()).hexdigest()[:8]}"
+    folder = Path(cache or home) / f"tiny-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     if not folder.exists() and int(os.environ.get("RANK", 0)) == 0:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix="building-", dir=folder.parent))
-        try:
-            build_tiny(work)
-            os.rename(work, folder)
-        except OSError:
-            if not folder.exists():  # else another run was first, and its models are as good
-                raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix="building-", dir=folder.parent) as work:
+            build_tiny(Path(work) / "tiny")
+            if not folder.exists():  # else another run was faster
+                os.rename(Path(work) / "tiny", folder)
     if dist.is_initialized():
         dist.barrier()
     return folder
@@ -614,9 +578,7 @@ def build_tiny(folder):
     """A FLUX.1 in miniature, in diffusers format, with 24 prompts half learnt; and a tiny HPS."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-    print(f"building the tiny models in {folder.parent}, once, about two minutes", flush=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count())  # torchrun gives a process one; the others wait now
+    print("building the tiny models, once, a minute or two", flush=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         images, labels = reward.tiny_dataset(4800)
@@ -625,7 +587,6 @@ def build_tiny(folder):
         pipe.register_modules(transformer=build_tiny_flux(pipe, images, labels))
         pipe.save_pretrained(folder / "flux")
         reward.build_tiny_hps(folder / "hps", images, labels)
-    torch.set_num_threads(threads)
 
 
 def build_tiny_vae(images):
@@ -697,18 +658,17 @@ def build_tiny_flux(pipe, images, labels):
     return transformer
 
 
-# ----------------------------------------------------------------------------- what a run shows
+# -------------------------------------------------------------------------------- what a run shows
 
 Evaluation = namedtuple("Evaluation", "images prompts rewards accuracy")
 
 
-def evaluate(predict, vae, rewards, encoded, prompts, shape, cfg, device):
+def evaluate(predict, vae, rewards, encoded, prompts, shape, cfg, device, rank, world):
     """ODE samples of the same prompts and noise every time, in every run, with their rewards.
 
-    For the tiny world also the share of images that HPS takes for their own prompt among all 24.
-    Processes share the work.
+    In the tiny world also the share of images that HPS takes for their own prompt. Processes
+    share the work.
     """
-    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     share = math.ceil(cfg.eval_images / world)
     mine = [i % cfg.eval_images for i in range(rank * share, (rank + 1) * share)]
     names = [prompts[i % len(prompts)] for i in mine]
@@ -720,15 +680,14 @@ def evaluate(predict, vae, rewards, encoded, prompts, shape, cfg, device):
     right = torch.full_like(total, float("nan"))
     if "hps" in rewards and set(names) <= set(reward.TINY_PROMPTS):
         right = reward.tiny_accuracy(rewards["hps"][1], images, names)
-    results = (gather(c.to(device))[:cfg.eval_images].cpu() for c in (images, total, right))
-    images, total, right = results
+    images, total, right = (gather(c.to(device))[:cfg.eval_images].cpu()
+                            for c in (images, total, right))
     names = [prompts[i % len(prompts)] for i in range(cfg.eval_images)]
     return Evaluation(images, names, total, right.float().mean().item())
 
 
 def headline(evaluation):
-    accuracy = evaluation.accuracy
-    right = f", prompt accuracy {accuracy:.1%}" if accuracy == accuracy else ""
+    right = f", prompt accuracy {evaluation.accuracy:.1%}" if evaluation.accuracy >= 0 else ""
     return f"held-out reward {evaluation.rewards.mean():.3f}{right}"
 
 
@@ -746,8 +705,7 @@ def draw_grids(path, grids, most=24):
             axes.axis("off")
             if i < count:
                 axes.imshow(e.images[i].permute(1, 2, 0).numpy())
-                prompt = textwrap.shorten(e.prompts[i], 20, placeholder="...")
-                text = f"{prompt}\n{e.rewards[i]:.3f}"
+                text = f"{e.prompts[i][:20]}\n{e.rewards[i]:.3f}"
                 axes.set_title(text, y=-0.38, fontsize=8, parse_math=False)
     figure.savefig(path)
 
@@ -761,7 +719,6 @@ def draw_curve(path, history, held_out):
     axes.plot([m["step"] for m in history], [m["reward"] for m in history], label="rollouts (SDE)")
     axes.plot(*zip(*held_out), "o-", label="held-out noise (ODE)")
     axes.set(xlabel="GRPO step", ylabel="reward")
-    axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path)
 
@@ -772,8 +729,8 @@ def open_run(cfg, name):
     out = Path(cfg.out) if cfg.out else next(path for path in names if not path.exists())
     (out / "images").mkdir(parents=True, exist_ok=True)
     packages = "torch diffusers transformers open_clip_torch numpy pillow".split()
-    versions = {"python": platform.python_version()} | {p: version(p) for p in packages}
-    (out / "config.json").write_text(json.dumps(asdict(cfg) | {"versions": versions}, indent=1))
+    facts = asdict(cfg) | {"versions": {package: version(package) for package in packages}}
+    (out / "config.json").write_text(json.dumps(facts, indent=1))
     return out
 
 
@@ -785,26 +742,23 @@ def summarize(step, rewards, scores, stats, cfg, device):
     values |= {name: r.mean() for name, r in scores.items()} if len(scores) > 1 else {}
     values |= stats
     table = gather(torch.tensor([[float(v) for v in values.values()]], device=device)).cpu()
-    line = dict(zip(values, table.mean(0).tolist()))
-    line["ratio_off"] = table[:, list(values).index("ratio_off")].max().item()
+    line = dict(zip(values, table.mean(0).tolist())) | {"ratio_off": table[:, -1].max().item()}
     return {"step": step} | {name: float(f"{value:.7g}") for name, value in line.items()}
 
 
-# ------------------------------------------------------------------------------------------ main
+# -------------------------------------------------------------------------------------------- main
 
 def read_command_line(argv):
-    """Config from flags: every field is one, its comment the help; an unknown one is refused."""
+    """Config from flags: every field is one, its comment the help."""
     about, *_, examples, _ = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
         "grpo_flux.py", "grpo_flux.py [--flag value ...]", about, examples, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = reward.refuse
     for name, (default, comment) in COMMENTS.items():
-        kind = Config.__annotations__[name]
-        tiny = f", tiny {TINY[name]}" if name in TINY else ""
-        options = dict(type=kind, metavar=kind.__name__.upper())
-        if kind is bool:
-            options = dict(action=argparse.BooleanOptionalAction)
+        kind, tiny = Config.__annotations__[name], f", tiny {TINY[name]}" if name in TINY else ""
+        options = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(
+            type=kind, metavar=kind.__name__.upper())
         parser.add_argument(f"--{name}", **options, default=argparse.SUPPRESS,
                             help=f"{comment} (default {default}{tiny})".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
@@ -824,25 +778,28 @@ def score(rewards, images, prompts):
 
 def main(argv=None):
     cfg = read_command_line(argv)
-    check_files(cfg)
-    title, (device, rank, world) = Path(cfg.model).name, start(cfg.device)
-    cfg, prompts, rewards = prepare(cfg, device)
+    prompts, title = check_files(cfg), Path(cfg.model).name
+    device, rank, world = start(cfg.device)
+    cfg, rewards = prepare(cfg, device)
     G, shown = cfg.num_generations, prompts[:cfg.eval_images]
     plan = plan_prompts(prompts, cfg, rank, world)
     used = dict.fromkeys([*shown, *(prompt for chosen in plan for _, prompt in chosen)])
     encoded = encode_prompts(cfg, list(used), device)
-    transformer, vae = load_models(cfg, device)
-    optimizer = torch.optim.AdamW(transformer.parameters(), lr=cfg.learning_rate,
-                                  weight_decay=cfg.weight_decay)
-    pixels = 2 ** (len(vae.config.block_out_channels) - 1)  # of a latent pixel
+    vae, transformer = load_models(cfg, device)
+    if cfg.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    rates = dict(lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(transformer.parameters(), **rates)
+    pixels = 2 ** (len(vae.config.block_out_channels) - 1)  # along a side of a latent pixel
     shape = transformer.config.in_channels // 4, cfg.height // pixels, cfg.width // pixels
     predict = partial(velocity, transformer, grid=shape[1:], guidance=cfg.guidance,
                       bf16=cfg.dtype == "bf16")
+    look = partial(evaluate, predict, vae, rewards, encoded, shown, shape, cfg, device, rank, world)
     out, history, held_out = open_run(cfg, title) if rank == 0 else None, [], []
     bar = tqdm(total=cfg.steps, desc="GRPO", unit="step", disable=rank > 0, dynamic_ncols=True)
     for step in range(cfg.steps + 1):
         if step % cfg.eval_every == 0 or step == cfg.steps:
-            after = evaluate(predict, vae, rewards, encoded, shown, shape, cfg, device)
+            after = look()
             before = after if step == 0 else before
             held_out.append((step, after.rewards.mean()))
             if rank == 0:
@@ -865,26 +822,26 @@ def main(argv=None):
         times.append(clock(device))
 
         line = summarize(step + 1, rewards, scores, stats, cfg, device)
-        for i, stage in enumerate(("rollout_s", "reward_s", "update_s")):
-            line[stage] = round(times[i + 1] - times[i], 4)
+        for name, begin, end in zip(("rollout_s", "reward_s", "update_s"), times, times[1:]):
+            line[name] = round(end - begin, 4)
         history.append(line)
         if rank == 0:
             with open(out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-        bar.set_postfix_str(BAR.format(**line), refresh=False)
+        bar.set_postfix_str(
+            "reward {reward:.3f}+-{spread:.3f} ratio {ratio:.6f} (off {ratio_off:.0e}) clipped "
+            "{clipped:.0%} grad {grad_norm:.2f} | {rollout_s:.1f}+{reward_s:.1f}+{update_s:.1f} s"
+            .format(**line), refresh=False)
         bar.update()
     bar.close()
     export(transformer, out and out / "export" / "transformer")
     if rank == 0:
         draw_grids(out / "before_after.png", {"before": before, "after": after})
-        print(f"{headline(before)} -> {headline(after)} ({cfg.eval_images} images, ODE)\n"
-              f"{out}/before_after.png shows it, {out}/reward.png how, {out}/export loads in diffusers")
+        print(f"before: {headline(before)}; after: {headline(after)} ({cfg.eval_images} images)\n"
+              f"look at {out}/before_after.png and {out}/reward.png; for diffusers: {out}/export")
     if dist.is_initialized():
         dist.destroy_process_group()
 
-
-BAR = ("reward {reward:.3f}+-{spread:.3f} ratio {ratio:.6f} (off {ratio_off:.0e}) clipped "
-       "{clipped:.0%} grad {grad_norm:.2f} | {rollout_s:.1f}+{reward_s:.1f}+{update_s:.1f} s")
 
 if __name__ == "__main__":
     try:

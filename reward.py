@@ -1,17 +1,18 @@
 """Rewards for text-to-image training, and the choice of the device they run on.
 
 A reward is a function (images, prompts) -> scores: images (B, 3, H, W) float in [0, 1], B prompts,
-scores (B,) float, higher is better. `HPS` is the human preference score v2.1 of a picture and its
-prompt (Wu et al., arXiv 2306.09341): the cosine of two CLIP features after fine-tuning on human choices.
+scores (B,) float, higher is better. HPS is the human preference score (Wu et al., arXiv
+2306.09341): the cosine of two CLIP features, after training on what people chose.
 
     python reward.py --hps HPS_v2.1_compressed.pt --prompt "a cat in a hat" a.png b.png
 
-This file imports nothing else of the project and names every device kind that the project knows.
+This file imports nothing else of the project; it alone knows the kinds of devices by name.
 """
 
 import argparse
 import importlib
 import logging
+import math
 import os
 import pickle
 import re
@@ -22,67 +23,64 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 
 class BadInput(ValueError):
-    """Something that the user gave and that cannot work; its text is the one line they will read."""
+    """What the user gave cannot work; the text is the one line they will read."""
 
 
 def refuse(message):
-    """End the program the way every refused input ends: one line on stderr, exit status 2."""
+    """End the program as for every bad input: one line on stderr, exit status 2."""
     print("error:", " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
 
-# ------------------------------------------------------------------------------------- device
+# ------------------------------------------------------------------------------------------ device
 
 DEVICES = ("auto", "cuda", "npu", "cpu")
-MISSING = {
-    "cuda": "no CUDA GPU that torch can use (a driver and a CUDA build of torch are needed)",
-    "npu": "no Ascend NPU that torch can use (CANN, and torch-npu of torch's own version, are needed)",
-}
 
 
 def select_device(name="auto") -> torch.device:
     """The device of this process: "auto" takes the first of cuda, npu, cpu that is there.
 
-    Under torchrun every process of a machine takes its own one, by LOCAL_RANK.
-    Raises BadInput if the machine does not have it.
+    Under torchrun each process of a machine takes its own, by LOCAL_RANK. Raises BadInput if
+    the machine does not have it.
     """
-    if name not in DEVICES:
-        raise BadInput(f"--device {name}: must be one of {', '.join(DEVICES)}")
-
-    def count(kind):  # torch_npu adds torch.npu by itself when torch is imported
+    def count(kind):  # torch_npu makes torch.npu when torch is imported
         module = getattr(torch, kind, None)
         return module.device_count() if module is not None and module.is_available() else 0
 
+    if name not in DEVICES:
+        raise BadInput(f"--device {name}: must be {' or '.join(DEVICES)}")
     if name == "auto":
-        name = next((kind for kind in ("cuda", "npu") if count(kind)), "cpu")
+        name = next((kind for kind in DEVICES[1:3] if count(kind)), "cpu")
     if name == "cpu":
-        return torch.device("cpu")
-    if not count(name):
-        raise BadInput(f"--device {name}: this machine has {MISSING[name]}")
-    index = int(os.environ.get("LOCAL_RANK", 0))
-    if index >= count(name):
-        raise BadInput(f"--device {name}: process {index} of this machine has no device of its own; "
-                       f"--nproc_per_node can be at most {count(name)}")
+        return torch.device(name)
+    index, there = int(os.environ.get("LOCAL_RANK", 0)), count(name)
+    if not there:
+        needs = {"cuda": "an NVIDIA driver and a CUDA build of torch",
+                 "npu": "CANN and the torch-npu of the same version as torch"}[name]
+        raise BadInput(f"--device {name}: torch finds none on this machine; it needs {needs}")
+    if index >= there:
+        raise BadInput(f"--device {name}: this machine has {there}, too few for process {index}; "
+                       f"--nproc_per_node must be at most {there}")
     return torch.device(name, index)
 
 
 def is_accelerator(device) -> bool:
-    """Whether half precision pays on a device."""
     return torch.device(device).type != "cpu"
 
 
-# ------------------------------------------------------------------------------------- HPS
+# --------------------------------------------------------------------------------------------- HPS
 
 def preprocess(images, size=224, mean=(0.48145466, 0.4578275, 0.40821073),
                std=(0.26862954, 0.26130258, 0.27577711)):
     """The official HPS preprocessing, on a batch: (B, 3, H, W) in [0, 1] -> (B, 3, size, size).
 
-    Bicubic with antialias so that the longer side is `size`, zeros around the shorter one, then CLIP's
-    mean and std. open_clip's own transform crops instead: on a 512x768 picture the score is 0.015 off.
+    Bicubic with antialias so that the longer side is `size`, zeros beside the shorter one, then
+    CLIP's mean and std. (open_clip's own transform crops, which changes scores of other shapes.)
     """
     height, width = images.shape[-2:]
     scale = size / max(height, width)
@@ -98,27 +96,26 @@ def preprocess(images, size=224, mean=(0.48145466, 0.4578275, 0.40821073),
 def read_checkpoint(path):
     """The state dict in a .pt or .safetensors file; never runs code that a file may hold."""
     if not os.path.isfile(path):
-        raise BadInput(f"{path}: no such file; expected reward weights such as HPS_v2.1_compressed.pt")
+        raise BadInput(f"{path}: no such file; must be weights such as HPS_v2.1_compressed.pt")
     try:
         if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise BadInput(f"{path}: not a file of plain weights, or cut short while it was downloaded "
+    except Exception as error:  # whatever a broken or hostile file makes the readers raise
+        raise BadInput(f"{path}: not a file of weights, or broken on its way "
                        f"({type(error).__name__})") from None
     return state.get("state_dict", state) if isinstance(state, dict) else state
 
 
 def new_clip(arch):
-    """An open_clip model with random weights, and its tokenizer; arch as in HPS."""
+    """A new open_clip model and its tokenizer; arch as in HPS."""
     import open_clip  # takes seconds: imported where it is needed
 
     if str(arch).endswith(".json"):
         open_clip.add_model_config(arch)
         arch = Path(arch).stem
     if arch not in open_clip.list_models():
-        raise BadInput(f"{arch}: open_clip knows no such model; ViT-H-14 is the one of HPS-v2.1")
+        raise BadInput(f"{arch}: must be a model that open_clip knows; HPS-v2.1 is a ViT-H-14")
     logging.disable(logging.WARNING)  # "no pretrained weights": they come next
     model = open_clip.create_model(arch, pretrained=None, load_weights=False)
     logging.disable(logging.NOTSET)
@@ -126,12 +123,12 @@ def new_clip(arch):
 
 
 class HPS:
-    """HPS-v2.1: score (B,) = cosine of image and prompt features, about 0.2 to 0.35 for the real one.
+    """HPS-v2.1: scores (B,), the cosines of image and prompt features, about 0.2 to 0.35.
 
-    checkpoint: HPS_v2.1_compressed.pt of https://huggingface.co/xswu/HPSv2. With the weights of a plain
-                CLIP (.pt, .bin or .safetensors as open_clip publishes them) it is the CLIP score.
-    arch:       a model name that open_clip knows, or a .json file that describes one.
-    fp32:       False runs under fp16 autocast on an accelerator, as the official code does.
+    checkpoint: HPS_v2.1_compressed.pt of https://huggingface.co/xswu/HPSv2; with the weights of
+        any open_clip model (.pt, .bin, .safetensors) it is that model's image-text similarity.
+    arch: the name that open_clip has for the model, or a .json file that describes it.
+    fp32: do without the fp16 autocast that the official code uses, and this on an accelerator.
     """
 
     def __init__(self, checkpoint, arch="ViT-H-14", device="cpu", fp32=False):
@@ -144,7 +141,8 @@ class HPS:
             self.model.load_state_dict(state, strict=True)
         except (RuntimeError, TypeError, AttributeError) as error:
             reason = str(error).strip().splitlines()
-            raise BadInput(f"{checkpoint}: not the weights of a {arch}: {' '.join(reason[:2])[:200]}") from None
+            raise BadInput(f"{checkpoint}: not the weights of {arch}: "
+                           f"{' '.join(reason[:2])[:200]}") from None
         self.model.to(self.device).eval().requires_grad_(False)
         self.size = self.model.visual.image_size[0]
 
@@ -155,7 +153,7 @@ class HPS:
             pixels = preprocess(images.to(self.device).float(), self.size)
             image = self.model.encode_image(pixels, normalize=True)
             text = self.model.encode_text(self.tokenizer(unique).to(self.device), normalize=True)
-        # fp16 would round a score of 0.28 to steps of 0.0002, and ties have no advantage
+        # the product in fp16 would round 0.28 to steps of 0.0002
         return (image.float() * text.float()[[unique.index(p) for p in prompts]]).sum(-1)
 
 
@@ -168,18 +166,15 @@ def parse_rewards(spec) -> dict[str, float]:
     """
     rewards = {}
     for item in spec.split(","):
-        match = re.fullmatch(r"(hps|clip|[\w.]+:[a-zA-Z_]\w*)(?::([\d.]+(?:e-?\d+)?))?", item.strip())
-        if not match or match[1] in rewards:
-            raise BadInput(f"--reward {spec}: {item!r} must be hps, clip or package.module:function, "
-                           "once, with :WEIGHT behind it or nothing")
+        match = re.fullmatch(r"(hps|clip|[\w.]+:[a-zA-Z_]\w*)(?::(\d*\.?\d+))?", item.strip())
+        if not match or match[1] in rewards or not re.search("[1-9]", match[2] or "1"):
+            raise BadInput(f"--reward {spec}: {item!r} must be hps, clip or package.module:function"
+                           ", each once, with a :WEIGHT above 0 behind it or nothing")
         rewards[match[1]] = float(match[2] or 1)
-        if rewards[match[1]] == 0:
-            raise BadInput(f"--reward {spec}: the weight of {match[1]} must be above 0")
     return rewards
 
 
 def load_reward(name, checkpoint="", arch="ViT-H-14", device="cpu", fp32=False):
-    """The function behind one name of a reward spec."""
     if ":" not in name:
         return HPS(checkpoint, arch, device, fp32)
     module, function = name.split(":")
@@ -192,31 +187,27 @@ def load_reward(name, checkpoint="", arch="ViT-H-14", device="cpu", fp32=False):
         sys.path.pop(0)
 
 
-# ------------------------------------------------------------------------------------- tiny world
+# -------------------------------------------------------------------------------------- tiny world
 
-COLORS = dict(red=(220, 40, 40), green=(40, 170, 60), blue=(50, 80, 220), yellow=(240, 210, 40),
-              purple=(150, 60, 190), orange=(245, 140, 30))
-SHAPES = ("circle", "square", "triangle", "cross")
+COLORS = dict(red=(220, 40, 40), green=(40, 170, 60), blue=(50, 80, 220),
+              yellow=(240, 210, 40), purple=(150, 60, 190), black=(45, 45, 50))
+SHAPES = dict(  # corners, in units of the radius
+    circle=[(math.cos(i / 8), math.sin(i / 8)) for i in range(50)],
+    square=[(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+    triangle=[(0, -1), (-1, 0.8), (1, 0.8)],
+    cross=[(-1, -0.36), (-0.36, -0.36), (-0.36, -1), (0.36, -1), (0.36, -0.36), (1, -0.36),
+           (1, 0.36), (0.36, 0.36), (0.36, 1), (-0.36, 1), (-0.36, 0.36), (-1, 0.36)])
 TINY_PROMPTS = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]  # all 24
 
 
 def draw(prompt, rng, size=32):
-    """One picture (size, size, 3) uint8 of a prompt of the tiny world; place and extent come from rng."""
+    """A picture (size, size, 3) uint8 of a prompt of the tiny world; rng sets place and extent."""
     _, color, shape = prompt.split()
-    k = 4  # drawn larger and scaled down, for smooth edges
-    picture = Image.new("RGB", (k * size, k * size), (236, 236, 230))
-    pen, radius = ImageDraw.Draw(picture), k * size * rng.uniform(0.28, 0.36)
-    x, y = k * size * rng.uniform(0.42, 0.58, size=2)
-    fill, thin = COLORS[color], radius * 0.36
-    if shape == "circle":
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill)
-    elif shape == "square":
-        pen.rectangle((x - radius * 0.85, y - radius * 0.85, x + radius * 0.85, y + radius * 0.85), fill)
-    elif shape == "triangle":
-        pen.polygon([(x, y - radius), (x - radius, y + radius * 0.8), (x + radius, y + radius * 0.8)], fill)
-    else:
-        pen.rectangle((x - radius, y - thin, x + radius, y + thin), fill)
-        pen.rectangle((x - thin, y - radius, x + thin, y + radius), fill)
+    large = 4 * size  # drawn large and scaled down: smooth edges
+    picture = Image.new("RGB", (large, large), (236, 236, 230))
+    radius, (x, y) = large * rng.uniform(0.28, 0.36), large * rng.uniform(0.42, 0.58, size=2)
+    corners = [(x + radius * a, y + radius * b) for a, b in SHAPES[shape]]
+    ImageDraw.Draw(picture).polygon(corners, COLORS[color])
     return np.asarray(picture.resize((size, size), Image.LANCZOS))
 
 
@@ -273,7 +264,7 @@ def tiny_accuracy(hps, images, prompts):
     return (scores.argmax(0) == own).float()
 
 
-# ------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------ command line
 
 def read_image(path):
     """A picture file as (1, 3, H, W) float in [0, 1]; grey and transparent ones become RGB."""
@@ -286,14 +277,14 @@ def read_image(path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Score pictures with HPS-v2.1: one line each, score and file.")
+    parser = argparse.ArgumentParser(description="Score pictures with HPS-v2.1: score and file.")
     parser.error = refuse
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
     parser.add_argument("--prompt", required=True, help="the text that the pictures were made for")
     parser.add_argument("--hps", required=True, metavar="FILE", help="HPS_v2.1_compressed.pt")
-    parser.add_argument("--hps_arch", default="ViT-H-14", help="open_clip's name of the model, or a .json file")
+    parser.add_argument("--hps_arch", default="ViT-H-14", help="its name in open_clip, or a .json")
     parser.add_argument("--device", default="auto", help="auto, cuda, npu or cpu")
-    parser.add_argument("--reward_fp32", action="store_true", help="no fp16 autocast on an accelerator")
+    parser.add_argument("--reward_fp32", action="store_true", help="no fp16 autocast")
     args = parser.parse_args(argv)
     try:
         device = select_device(args.device)
