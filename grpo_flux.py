@@ -64,7 +64,7 @@ class Config:
     out: str = ""  # folder for all that a run writes; else the first free runs/<model>
     cache: str = ""  # folder to keep the tiny models in; else ~/.cache/grpo_flux
     device: str = "auto"  # {auto cuda npu cpu}
-    dtype: str = "auto"  # of the model's arithmetic {auto fp32 bf16}; auto: fp32 on a cpu, else bf16
+    dtype: str = "auto"  # of the model's arithmetic {auto fp32 bf16}; auto: bf16, on a cpu fp32
     seed: int = 0  # part of the name of every random draw [0, 4294967295]
     steps: int = 300  # GRPO steps: a rollout, its rewards, its updates [1, 1e9]
     # reward
