@@ -124,7 +124,7 @@ COMMENTS = {name: rest for name, *rest in re.findall(
     r"    (\w+): \w+ = (.*?)  # (.*)", inspect.getsource(Config))}
 
 TINY = dict(  # what --model tiny takes instead; a flag on the command line wins over both
-    steps=200, height=32, width=32, text_length=8, sampling_steps=8, eta=0.7, num_prompts=4,
+    steps=180, height=32, width=32, text_length=8, sampling_steps=8, eta=0.7, num_prompts=4,
     micro_batch=12, gradient_accumulation_steps=12, timestep_fraction=1.0, learning_rate=1e-4,
     gradient_checkpointing=False, eval_images=192)
 
@@ -243,11 +243,11 @@ def grpo_loss(logp, logp_old, advantages, clip_range, adv_clip_max):
 Trajectory = namedtuple("Trajectory", "sigmas x x0 logp")
 
 
-def velocity(transformer, x, sigma, text, grid, guidance, bf16):
+def velocity(transformer, x, sigma, text, ids, guidance, bf16):
     """v (B, L, C) fp32, the only call of the model; from now on `predict(x, sigma, text)`.
 
     x (B, L, C) fp32; sigma (B, 1, 1); text: T5's tokens (B, S, D) and CLIP's vector (B, D');
-    grid: (h, w) in latent pixels; guidance: for models that have that input.
+    ids: image_ids (L, 3); guidance: for models that have that input.
     """
     tokens, pooled = text
     scale = x.new_full((len(x),), guidance) if transformer.config.guidance_embeds else None
@@ -255,7 +255,7 @@ def velocity(transformer, x, sigma, text, grid, guidance, bf16):
         v = transformer(
             hidden_states=x, timestep=sigma.flatten(), guidance=scale, return_dict=False,
             encoder_hidden_states=tokens, pooled_projections=pooled,
-            img_ids=image_ids(*grid).to(x.device), txt_ids=x.new_zeros(tokens.shape[1], 3))
+            img_ids=ids, txt_ids=ids.new_zeros(tokens.shape[1], 3))
     return v[0].float()
 
 
@@ -275,11 +275,10 @@ def rollout(predict, x, text, keys, cfg, eta):
             # the shape (B, 1, 1) of the update: with the same shapes come the same bits
             sigma, sigma_next = (sigmas[t + k].expand(len(z), 1, 1) for k in (0, 1))
             eta_t = eta if t < T - 1 else 0  # the last step's x_next is x0, the image
-            noise = None
-            if eta_t:
+            v, noise = predict(z, sigma, words), None
+            if eta_t:  # drawn while the device is at work on v
                 noise = [randn(z.shape[1:], cfg.seed, NOISE, *key, t) for key in keys[i:i + n]]
                 noise = torch.stack(noise).to(z.device)
-            v = predict(z, sigma, words)
             states.append(z)
             z, x0, logp = flux_step(v, z, sigma, sigma_next, eta_t, cfg.sde, noise)
             logps.append(logp)
@@ -651,7 +650,7 @@ def build_tiny_flux(pipe, images, labels):
         t = torch.randn(len(pick), 1, 1).sigmoid()
         sigma, noise = cfg.shift * t / (1 + (cfg.shift - 1) * t), torch.randn_like(z[pick])
         x, words = (1 - sigma) * z[pick] + sigma * noise, [c[labels[pick]] for c in text]
-        v = velocity(transformer, x, sigma, words, grid=(8, 8), guidance=cfg.guidance, bf16=False)
+        v = velocity(transformer, x, sigma, words, image_ids(8, 8), cfg.guidance, bf16=False)
         return F.mse_loss(v, noise - z[pick])
 
     reward.fit(transformer, loss, len(z), steps=80, batch=64, rate=2e-3, title="tiny FLUX (2/3)")
@@ -792,8 +791,8 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(transformer.parameters(), **rates)
     pixels = 2 ** (len(vae.config.block_out_channels) - 1)  # along a side of a latent pixel
     shape = transformer.config.in_channels // 4, cfg.height // pixels, cfg.width // pixels
-    predict = partial(velocity, transformer, grid=shape[1:], guidance=cfg.guidance,
-                      bf16=cfg.dtype == "bf16")
+    predict = partial(velocity, transformer, ids=image_ids(*shape[1:]).to(device),
+                      guidance=cfg.guidance, bf16=cfg.dtype == "bf16")
     look = partial(evaluate, predict, vae, rewards, encoded, shown, shape, cfg, device, rank, world)
     out, history, held_out = open_run(cfg, title) if rank == 0 else None, [], []
     bar = tqdm(total=cfg.steps, desc="GRPO", unit="step", disable=rank > 0, dynamic_ncols=True)
@@ -801,7 +800,7 @@ def main(argv=None):
         if step % cfg.eval_every == 0 or step == cfg.steps:
             after = look()
             before = after if step == 0 else before
-            held_out.append((step, after.rewards.mean()))
+            held_out.append((step, after.rewards.mean().item()))
             if rank == 0:
                 draw_grids(out / "images" / f"step_{step:05d}.png", {f"step {step}": after})
                 draw_curve(out / "reward.png", history, held_out)
@@ -822,6 +821,7 @@ def main(argv=None):
         times.append(clock(device))
 
         line = summarize(step + 1, rewards, scores, stats, cfg, device)
+        line["held_out"] = round(held_out[-1][1], 6)  # of the last evaluation
         for name, begin, end in zip(("rollout_s", "reward_s", "update_s"), times, times[1:]):
             line[name] = round(end - begin, 4)
         history.append(line)
