@@ -164,10 +164,9 @@ def flux_step(v, x, sigma, sigma_next, eta, sde="dance", noise=None, x_next=None
     """
     sigma, sigma_next = (torch.as_tensor(s, dtype=x.dtype, device=x.device)
                          for s in (sigma, sigma_next))
-    dt, random = sigma_next - sigma, eta > 0
-    x0, x1 = x - sigma * v, x + (1 - sigma) * v
+    dt, x0, random = sigma_next - sigma, x - sigma * v, eta > 0
     if sde == "cps":
-        std = sigma_next * math.sin(eta * math.pi / 2)
+        x1, std = x + (1 - sigma) * v, sigma_next * math.sin(eta * math.pi / 2)
         mean = (1 - sigma_next) * x0 + (sigma_next**2 - std**2).sqrt() * x1
     elif sde in ("dance", "flow"):
         if sde == "flow":
@@ -271,11 +270,14 @@ def rollout(predict, x, text, keys, cfg, eta):
     parts = []
     for i in range(0, len(x), n):
         z, words, states, logps = x[i:i + n], [c[i:i + n] for c in text], [], []
+        alike = i and all(torch.equal(c[i:i + n], c[i - n:i]) for c in (x, *text))
         for t in range(T):
             # the shape (B, 1, 1) of the update: with the same shapes come the same bits
             sigma, sigma_next = (sigmas[t + k].expand(len(z), 1, 1) for k in (0, 1))
             eta_t = eta if t < T - 1 else 0  # the last step's x_next is x0, the image
-            v, noise = predict(z, sigma, words), None
+            # batches of one group begin alike, and so does their first v
+            v, noise = first if alike and t == 0 else predict(z, sigma, words), None
+            first = v if t == 0 else first
             if eta_t:  # drawn while the device is at work on v
                 noise = [randn(z.shape[1:], cfg.seed, NOISE, *key, t) for key in keys[i:i + n]]
                 noise = torch.stack(noise).to(z.device)
@@ -695,8 +697,7 @@ def draw_grids(path, grids, most=24):
     from matplotlib.figure import Figure
 
     count = min(most, *(len(e.images) for e in grids.values()))
-    columns = min(count, 6)
-    rows = math.ceil(count / columns)
+    columns, rows = min(count, 6), math.ceil(count / 6)
     figure = Figure((1.35 * columns * len(grids), 1.75 * rows + 0.5), layout="constrained", dpi=100)
     for part, (title, e) in zip(figure.subfigures(1, len(grids), squeeze=False)[0], grids.items()):
         part.suptitle(f"{title}: {headline(e)}", parse_math=False)
@@ -738,8 +739,7 @@ def summarize(step, rewards, scores, stats, cfg, device):
     total = sum(weight * scores[name] for name, (weight, _) in rewards.items())
     spread = total.view(-1, cfg.num_generations).std(1)  # (groups,)
     values = dict(reward=total.mean(), spread=spread.mean(), flat=(spread == 0).float().mean())
-    values |= {name: r.mean() for name, r in scores.items()} if len(scores) > 1 else {}
-    values |= stats
+    values |= {name: r.mean() for name, r in scores.items() if len(scores) > 1} | stats
     table = gather(torch.tensor([[float(v) for v in values.values()]], device=device)).cpu()
     line = dict(zip(values, table.mean(0).tolist())) | {"ratio_off": table[:, -1].max().item()}
     return {"step": step} | {name: float(f"{value:.7g}") for name, value in line.items()}
@@ -787,18 +787,18 @@ def main(argv=None):
     vae, transformer = load_models(cfg, device)
     if cfg.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    rates = dict(lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
-    optimizer = torch.optim.AdamW(transformer.parameters(), **rates)
+    optimizer = torch.optim.AdamW(
+        transformer.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
+        fused=None if reward.is_accelerator(device) else True)  # there torch's choice is good
     pixels = 2 ** (len(vae.config.block_out_channels) - 1)  # along a side of a latent pixel
     shape = transformer.config.in_channels // 4, cfg.height // pixels, cfg.width // pixels
     predict = partial(velocity, transformer, ids=image_ids(*shape[1:]).to(device),
                       guidance=cfg.guidance, bf16=cfg.dtype == "bf16")
-    look = partial(evaluate, predict, vae, rewards, encoded, shown, shape, cfg, device, rank, world)
     out, history, held_out = open_run(cfg, title) if rank == 0 else None, [], []
     bar = tqdm(total=cfg.steps, desc="GRPO", unit="step", disable=rank > 0, dynamic_ncols=True)
     for step in range(cfg.steps + 1):
         if step % cfg.eval_every == 0 or step == cfg.steps:
-            after = look()
+            after = evaluate(predict, vae, rewards, encoded, shown, shape, cfg, device, rank, world)
             before = after if step == 0 else before
             held_out.append((step, after.rewards.mean().item()))
             if rank == 0:

@@ -12,6 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections import namedtuple
 from dataclasses import fields
 from functools import partial
@@ -640,8 +641,9 @@ def ours(world, hps, optimizer, cfg, device):
     return [end - begin for begin, end in zip(times, times[1:])]
 
 
-def one_by_one(world, hps, optimizer, cfg, device):
-    """The same step in the manner of DanceGRPO's code: one sample at a time, a host read each."""
+def one_by_one(world, hps, optimizer, cfg, device, folder=tempfile.mkdtemp()):
+    """The same step in the manner of DanceGRPO's code: one sample at a time, written to a file and
+    scored, then one transition at a time, with a host read after each."""
     T, name, samples, rewards = cfg.sampling_steps, ["a red circle"], [], []
     sigmas, text = grpo_flux.sigma_schedule(T, 3.0), grpo_flux.batch_text(world.encoded, name, device)
     start, K = torch.randn(1, 16, 16, device=device), int(cfg.timestep_fraction * (T - 1))
@@ -649,6 +651,7 @@ def one_by_one(world, hps, optimizer, cfg, device):
     for _ in range(12):
         x, states, logps = start, [start], []
         for t in range(T):
+            world.transformer.eval()  # at every call, as there
             with torch.no_grad():
                 v = world.predict(x, sigmas[t] * level, text)
                 x, x0, logp = flux_step(v, x, sigmas[t], sigmas[t + 1], cfg.eta if t < T - 1 else 0,
@@ -656,10 +659,14 @@ def one_by_one(world, hps, optimizer, cfg, device):
             states.append(x)
             logps.append(logp)
         samples.append((states, logps))
-        rewards.append(hps(grpo_flux.decode(world.vae, x0, GRID, 1), name).item())
+        image = grpo_flux.decode(world.vae, x0, GRID, 1)
+        pixels = (image[0].permute(1, 2, 0) * 255).byte().cpu().numpy()
+        Image.fromarray(pixels).save(Path(folder) / f"{len(samples)}.png")
+        rewards.append(hps(image, name).item())
     advantages = group_advantages(torch.tensor(rewards), 12).to(device)
     for i, (states, logps) in enumerate(samples):
         for t in torch.randperm(T - 1)[:K].tolist():
+            world.transformer.train()
             v = world.predict(states[t], sigmas[t] * level, text)
             logp = flux_step(v, states[t], sigmas[t], sigmas[t + 1], cfg.eta, x_next=states[t + 1])[2]
             loss, _ = grpo_loss(logp, logps[t], advantages[i:i + 1], 1e-4, 5.0)
@@ -695,7 +702,9 @@ def benchmark(repetitions=7):
     world = load_world(device, sampling_steps=16, timestep_fraction=0.6, micro_batch=4,
                        gradient_accumulation_steps=4, eta=0.3)
     hps = reward.HPS(world.folder / "hps" / "hps.pt", world.folder / "hps" / "tiny-clip.json", device)
-    optimizer, loops = torch.optim.AdamW(world.transformer.parameters(), 1e-8), (ours, one_by_one, bare)
+    fused = True if device.type == "cpu" else None  # as in main
+    optimizer = torch.optim.AdamW(world.transformer.parameters(), 1e-8, fused=fused)
+    loops = ours, one_by_one, bare
     seconds = {loop: [] for loop in loops}
     for i in range(repetitions + 1):
         for loop in loops:
