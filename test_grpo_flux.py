@@ -114,7 +114,7 @@ def gaussian(sde, v, x, sigma, sigma_next, eta):
 
 @pytest.mark.parametrize("sde", SDES)
 def test_logp_is_that_of_the_normal(sde):
-    """A wrong std, a lost constant, a sum for a mean, a σ of another sample, σ = 1 divided by 0."""
+    """A wrong std, a lost constant, a sum for a mean, the σ of another sample, 1 - σ = 0."""
     v, x, noise = torch.randn(3, 4, 6, 5)
     levels = [(1.0, 0.9), (0.9, 0.7), (0.5, 0.2), (0.2, 0.05)]
     steps = torch.tensor(levels).T[..., None, None]  # (2, B, 1, 1)
@@ -645,7 +645,8 @@ def one_by_one(world, hps, optimizer, cfg, device, folder=tempfile.mkdtemp()):
     """The same step in the manner of DanceGRPO's code: one sample at a time, written to a file and
     scored, then one transition at a time, with a host read after each."""
     T, name, samples, rewards = cfg.sampling_steps, ["a red circle"], [], []
-    sigmas, text = grpo_flux.sigma_schedule(T, 3.0), grpo_flux.batch_text(world.encoded, name, device)
+    sigmas = grpo_flux.sigma_schedule(T, 3.0)
+    text = grpo_flux.batch_text(world.encoded, name, device)
     start, K = torch.randn(1, 16, 16, device=device), int(cfg.timestep_fraction * (T - 1))
     begin, total, level = grpo_flux.clock(device), 0.0, torch.ones(1, 1, 1, device=device)
     for _ in range(12):
@@ -668,7 +669,7 @@ def one_by_one(world, hps, optimizer, cfg, device, folder=tempfile.mkdtemp()):
         for t in torch.randperm(T - 1)[:K].tolist():
             world.transformer.train()
             v = world.predict(states[t], sigmas[t] * level, text)
-            logp = flux_step(v, states[t], sigmas[t], sigmas[t + 1], cfg.eta, x_next=states[t + 1])[2]
+            logp = flux_step(v, states[t], *sigmas[t:t + 2], cfg.eta, x_next=states[t + 1])[2]
             loss, _ = grpo_loss(logp, logps[t], advantages[i:i + 1], 1e-4, 5.0)
             (loss / (4 * K)).backward()
             total += loss.item()
@@ -684,7 +685,7 @@ def bare(world, hps, optimizer, cfg, device):
     calls, n = 12 // cfg.micro_batch, cfg.micro_batch
     text = grpo_flux.batch_text(world.encoded, ["a red circle"] * n, device)
     begin, x = grpo_flux.clock(device), torch.randn(n, 16, 16, device=device)
-    inputs = dict(hidden_states=x, timestep=torch.full((n,), 0.5, device=device), guidance=x[:, 0, 0],
+    inputs = dict(hidden_states=x, timestep=x[:, 0, 0].sigmoid(), guidance=x[:, 0, 0],
                   encoder_hidden_states=text[0], pooled_projections=text[1], return_dict=False,
                   img_ids=grpo_flux.image_ids(*GRID).to(device), txt_ids=x.new_zeros(8, 3))
     with torch.no_grad():
@@ -701,7 +702,8 @@ def benchmark(repetitions=7):
     device = reward.select_device()
     world = load_world(device, sampling_steps=16, timestep_fraction=0.6, micro_batch=4,
                        gradient_accumulation_steps=4, eta=0.3)
-    hps = reward.HPS(world.folder / "hps" / "hps.pt", world.folder / "hps" / "tiny-clip.json", device)
+    folder = world.folder / "hps"
+    hps = reward.HPS(folder / "hps.pt", folder / "tiny-clip.json", device)
     fused = True if device.type == "cpu" else None  # as in main
     optimizer = torch.optim.AdamW(world.transformer.parameters(), 1e-8, fused=fused)
     loops = ours, one_by_one, bare
