@@ -124,7 +124,7 @@ COMMENTS = {name: rest for name, *rest in re.findall(
     r"    (\w+): \w+ = (.*?)  # (.*)", inspect.getsource(Config))}
 
 TINY = dict(  # what --model tiny takes instead; a flag on the command line wins over both
-    steps=180, height=32, width=32, text_length=8, sampling_steps=8, eta=0.7, num_prompts=4,
+    steps=200, height=32, width=32, text_length=8, sampling_steps=8, eta=0.7, num_prompts=4,
     micro_batch=12, gradient_accumulation_steps=12, timestep_fraction=1.0, learning_rate=1e-4,
     gradient_checkpointing=False, eval_images=192)
 
