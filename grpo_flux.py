@@ -145,8 +145,8 @@ def flux_step(v, x, sigma, sigma_next, eta, sde="dance", noise=None, x_next=None
 
     A rectified flow mixes image and noise, x = (1 - σ) x0 + σ x1, and the model predicts
     v = x1 - x0. Following dx = v dσ down to σ = 0 makes an image without any randomness. These
-    steps add noise of deviation std and correct the mean for it, so that x keeps the
-    distribution that it has without. With dt = σ' - σ, which is negative:
+    steps add noise of deviation std and correct the mean: dance and flow keep, for small steps, the
+    distribution of x; cps keeps its noise level, but narrows the images. With dt = σ' - σ < 0:
 
       dance  score = -(x - (1 - σ) x0) / σ²;  mean = x + v dt - ½ η² score dt;  std = η√-dt
              (DanceGRPO, arXiv 2505.07818)
