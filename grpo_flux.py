@@ -35,6 +35,7 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 import time
 import warnings
@@ -48,6 +49,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import reward
@@ -99,6 +101,11 @@ class Config:
     # pictures
     eval_every: int = 20  # steps between two image grids [1, 1e9]
     eval_images: int = 16  # ODE samples from held-out noise, scored for every grid [1, 1e5]
+    # the same numbers on another device
+    record: str = ""  # folder to keep every random draw and the result of every stage in
+    replay: str = ""  # such a folder: take its settings and draws, and compare every stage
+    compare: tuple = ()  # folders of two runs: compare rewards and pictures, and do nothing else
+    deterministic: bool = False  # every run on one device gives the same bits; slower
 
     def __post_init__(self):
         for name, (_, comment) in COMMENTS.items():  # they hold what is allowed: see --help
@@ -116,6 +123,8 @@ class Config:
         if size % self.micro_batch or samples % size:
             raise BadInput(f"--gradient_accumulation_steps {size}: must be a multiple of "
                            f"micro_batch {self.micro_batch} and divide the step's {samples}")
+        if self.record and self.replay:
+            raise BadInput(f"--record {self.record} --replay {self.replay}: must be one of them")
         reward.parse_rewards(self.reward)
 
 
@@ -278,6 +287,7 @@ def rollout(predict, x, text, keys, cfg, eta):
             # batches of one group begin alike, and so does their first v
             v, noise = first if alike and t == 0 else predict(z, sigma, words), None
             first = v if t == 0 else first
+            TAPE.note("velocity", v)
             if eta_t:  # drawn while the device is at work on v
                 noise = [randn(z.shape[1:], cfg.seed, NOISE, *key, t) for key in keys[i:i + n]]
                 noise = torch.stack(noise).to(z.device)
@@ -344,7 +354,7 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg):
             for t in trained[i].T:  # (micro_batch,) step numbers
                 sigma, sigma_next = (sigmas[t + k].view(-1, 1, 1) for k in (0, 1))
                 x, x_next = states[i, t], states[i, t + 1]
-                v = predict(x, sigma, words)
+                v = TAPE.note("velocity_in_update", predict(x, sigma, words))
                 _, _, logp = flux_step(v, x, sigma, sigma_next, cfg.eta, cfg.sde, x_next=x_next)
                 loss, stats = grpo_loss(logp, logp_old[i, t], A, cfg.clip_range, cfg.adv_clip_max)
                 loss = loss * len(i) / (cfg.gradient_accumulation_steps * K)
@@ -387,12 +397,13 @@ def randn(shape, *key):
     Drawn by numpy in float64 on the CPU: its ziggurat hardly calls the maths library, where
     processors differ in the last bit, and rounding to fp32 hides what is left.
     """
-    return torch.from_numpy(np.random.default_rng(key).standard_normal(shape).astype(np.float32))
+    numbers = np.random.default_rng(key).standard_normal(shape).astype(np.float32)
+    return TAPE.draw(torch.from_numpy(numbers), *key)
 
 
 def randperm(n, *key):
     """A random order of range(n) with a name."""
-    return torch.from_numpy(np.random.default_rng(key).permutation(n))
+    return TAPE.draw(torch.from_numpy(np.random.default_rng(key).permutation(n)), *key)
 
 
 def draw_latents(keys, shape, cfg):
@@ -413,6 +424,131 @@ def plan_prompts(prompts, cfg, rank, world):
     slots = range(rank, together, world)
     return [[(slot, prompts[order[step * together + slot]]) for slot in slots]
             for step in range(cfg.steps)]
+
+
+# -------------------------------------------------------------------------------------------- tape
+
+# How far a replay may be from its record: {stage: (measure, limit in fp32, in bf16)}, in the order
+# of a step. relative: the sum of |a - b| over that of |b|; mean: the mean of |a - b|.
+TOLERANCES = dict(
+    text=("relative", 1e-4, 3e-2),  # the rounding of 24 layers
+    velocity=("relative", 1e-3, 3e-2),  # that of 57 blocks; rotary embeddings gone wrong: 8e-2
+    latents=("relative", 1e-3, 3e-2),  # they add up velocities
+    logp=("mean", 1e-5, 1e-5),  # a tenth of the clip range
+    images=("mean", 1 / 255, 1 / 255),  # a grey level, which no eye sees
+    reward=("relative", 1.5e-4, 1.5e-4),  # what ports of HPS to Ascend are held to
+    advantages=("relative", 2e-2, 2e-2),  # the reward's error over its spread in a group
+    velocity_in_update=("relative", 1e-3, 3e-2),  # as above, with what the optimizer has done
+    loss=("mean", 1e-5, 1e-5),  # as logp, of which it is made
+    grad_norm=("relative", 1e-2, 1e-1))  # the rounding of forward and backward
+
+
+class Tape:
+    """Keeps every draw and the result of every stage, or takes the draws from such a record and
+    compares its own results with the recorded ones. Off until it is started.
+
+    A safetensors file a step and rank. Results are STAGE.NUMBER. Draws have the names that serve
+    to align DanceGRPO's code, with steps from 1: input_latents_STEP_RANK (1, c, h, w); coff_N_RANK
+    (1, L, C), the run's noise N = ((STEP - 1) * samples + sample) * T + t; perms_STEP_RANK
+    (samples, T-1), the order in which a sample's steps are trained.
+    """
+
+    def __init__(self):
+        self.file, self.now, self.then = None, {}, {}
+
+    def start(self, cfg, device, rank, world):
+        self.__init__()
+        self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
+        self.folder, facts = Path(cfg.record or cfg.replay), describe_run(cfg, device)
+        self.errors = torch.zeros(cfg.steps, len(TOLERANCES), 4)  # count, max, sum, relative
+        if cfg.record and rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.json").write_text(json.dumps(facts, indent=1))
+        if cfg.replay:
+            last, other = self.path(cfg.steps - 1, rank), self.path(0, world)
+            if not last.is_file() or other.is_file():
+                raise BadInput(f"--replay {cfg.replay}: must be a record of {world} processes and "
+                               f"of --steps {cfg.steps} or more")
+            then = json.loads((self.folder / "config.json").read_text())
+            self.exact = then | {name: facts[name] for name in ("deterministic", "machine")} == then
+            self.exact = self.exact and cfg.deterministic
+
+    def path(self, step, rank):
+        return self.folder / f"step_{step + 1:05d}_rank_{rank}.safetensors"
+
+    def open(self, step):
+        """The begin of a step."""
+        if self.cfg.record or self.cfg.replay:
+            self.step, self.file, self.now = step, self.path(step, self.rank), {}
+            self.then = load_file(self.file) if self.cfg.replay else {}
+
+    def draw(self, fresh, seed, purpose, step, slot=0, sample=0, t=0):
+        """A draw of the loop: fresh, or the recorded one in its place."""
+        if not self.file or purpose not in (LATENTS, NOISE, TRAINED):
+            return fresh
+        samples = self.cfg.num_prompts * self.cfg.num_generations
+        row = slot // self.world * self.cfg.num_generations + sample  # of this process's samples
+        name, count = {
+            LATENTS: (f"input_latents_{step + 1}_{self.rank}" + f"_{row}" * (row > 0), 1),
+            NOISE: (f"coff_{(step * samples + row) * self.cfg.sampling_steps + t}_{self.rank}", 1),
+            TRAINED: (f"perms_{step + 1}_{self.rank}", samples)}[purpose]
+        if self.cfg.record:
+            self.now.setdefault(name, fresh.new_zeros(count, *fresh.shape))[row % count] = fresh
+            return fresh
+        if name not in self.then or self.then[name].shape != (count, *fresh.shape):
+            raise BadInput(f"--replay {self.folder}: must hold {name} {(count, *fresh.shape)}")
+        return self.then[name][row % count].to(fresh.dtype)
+
+    def note(self, stage, *results):
+        """Results of a stage. Returns the first; of images the recorded one, so that the reward
+        and what follows from it are compared on the same pictures."""
+        if not self.file:
+            return results[0]
+        for result in results:
+            number = sum(name.startswith(f"{stage}.") for name in self.now)
+            value = torch.as_tensor(result).detach().to("cpu", torch.float32, copy=True)
+            self.now[f"{stage}.{number}"] = value.contiguous()
+        if stage == "images" and "images.0" in self.then:
+            return self.then["images.0"].to(results[0].device)
+        return results[0]
+
+    def close(self):
+        """The end of a step: write it down, or compare it."""
+        if self.file and self.cfg.record:
+            save_file(self.now, self.file)
+        for name, theirs in self.then.items():
+            stage, ours = name.split(".")[0], self.now.get(name)
+            if stage in TOLERANCES:
+                alike = ours is not None and ours.shape == theirs.shape
+                error = (ours - theirs).abs() if alike else torch.full(theirs.shape, math.inf)
+                relative = error.sum() / theirs.abs().sum().clamp(min=1e-30)
+                row = self.errors[self.step, list(TOLERANCES).index(stage)]
+                row[::2] += torch.tensor([error.numel(), error.sum()])
+                row[1::2] = torch.maximum(row[1::2], torch.stack([error.max(), relative]))
+        self.file = None
+
+    def verdict(self):
+        """The table of a replay, over all processes, as text; its last line is OK or OFF."""
+        errors = gather(self.errors[None].to(self.device)).cpu()  # (ranks, steps, stages, 4)
+        stages, column = list(TOLERANCES), 2 if self.cfg.dtype == "bf16" else 1
+        limits = torch.tensor([0.0 if self.exact else row[column] for row in TOLERANCES.values()])
+        by_mean = torch.tensor([measure == "mean" for measure, *_ in TOLERANCES.values()])
+        held = torch.where(by_mean, errors[..., 2] / errors[..., 0], errors[..., 3])
+        off = ~(held <= limits) & (errors[..., 0] > 0)  # nan is off
+        lines = ["stage                     count  max error  mean error    relative    allowed"]
+        for i, stage in enumerate(stages):
+            rows = errors[:, :, i].flatten(0, 1)  # (ranks * steps, 4)
+            (count, _, total, _), (_, most, _, relative) = rows.sum(0), rows.amax(0)
+            lines.append(f"{stage:18}{count:13.0f}{most:11.1e}{total / count:12.1e}{relative:12.1e}"
+                         f"{limits[i]:11.1e} {TOLERANCES[stage][0]:9}"
+                         f"{'OFF' if off[..., i].any() else 'OK' if count else 'not recorded'}")
+        for step, i, rank in off.permute(1, 2, 0).nonzero()[:1]:  # in the order of the run
+            lines.append(f"first OFF: step {step + 1}, rank {rank}, stage {stages[i]}; what comes "
+                         "after it is noise")
+        return "\n".join([*lines, f"replay {'OFF' if off.any() else 'OK'}"])
+
+
+TAPE = Tape()
 
 
 # --------------------------------------------------------------------------------------- processes
@@ -446,17 +582,6 @@ def clock(device):
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def read_prompts(path):
-    """The lines of a UTF-8 file, stripped, without the empty ones."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--prompts {path}: must be a text file in UTF-8 ({error})") from None
-    if not (prompts := [line.strip() for line in lines if line.strip()]):
-        raise BadInput(f"--prompts {path}: must hold a prompt a line, but is empty")
-    return prompts
-
-
 def check_files(cfg):
     """Refuse what cannot work before anything is loaded; returns the prompts."""
     tiny = cfg.model == "tiny"
@@ -470,9 +595,11 @@ def check_files(cfg):
             raise BadInput(f"--{name} {path or '(not given)'}: must be the file with its weights")
     if cfg.out and (Path(cfg.out) / "metrics.jsonl").exists():
         raise BadInput(f"--out {cfg.out}: holds a run already; must be a folder of its own")
+    if cfg.record and (Path(cfg.record) / "config.json").exists():
+        raise BadInput(f"--record {cfg.record}: holds a record already; must be a new folder")
     if not tiny and not cfg.prompts:
         raise BadInput("--prompts (not given): must be a text file with one prompt a line")
-    return read_prompts(cfg.prompts) if cfg.prompts else reward.TINY_PROMPTS
+    return reward.read_prompts(cfg.prompts) if cfg.prompts else reward.TINY_PROMPTS
 
 
 def prepare(cfg, device):
@@ -710,27 +837,36 @@ def draw_grids(path, grids, most=24):
     figure.savefig(path)
 
 
-def draw_curve(path, history, held_out):
-    """reward.png: the mean reward of the rollouts and, as dots, of the held-out images."""
+def draw_curves(path, curves, grids=()):
+    """Rewards {label: [(step, reward), ...]} and, below them, two image files side by side."""
     from matplotlib.figure import Figure
+    from matplotlib.image import imread
 
-    figure = Figure((6, 3.6), layout="constrained", dpi=120)
-    axes = figure.subplots()
-    axes.plot([m["step"] for m in history], [m["reward"] for m in history], label="rollouts (SDE)")
-    axes.plot(*zip(*held_out), "o-", label="held-out noise (ODE)")
-    axes.set(xlabel="GRPO step", ylabel="reward")
-    axes.legend(frameon=False)
+    figure = Figure((12, 10) if grids else (6, 3.6), layout="constrained", dpi=120)
+    panels = figure.subplot_mosaic([["top", "top"], *([[0, 1]] if grids else [])])
+    for label, points in curves.items():
+        panels["top"].plot(*zip(*points), "o-" if len(points) < 30 else "-", label=label)
+    panels["top"].set(xlabel="GRPO step", ylabel="reward")
+    panels["top"].legend(frameon=False)
+    for i, grid in enumerate(grids):
+        panels[i].imshow(imread(grid))
+        panels[i].axis("off")
     figure.savefig(path)
 
 
-def open_run(cfg, name):
+def describe_run(cfg, device):
+    """Every setting, and of the machine what decides on the bits: config.json."""
+    packages = "torch diffusers transformers open_clip_torch numpy pillow".split()
+    versions = {package: version(package) for package in packages}
+    return asdict(cfg) | {"machine": reward.describe(device), "versions": versions}
+
+
+def open_run(cfg, device, name):
     """--out, or the first free one of runs/NAME, runs/NAME-2, ...; config.json is in it."""
     names = (Path("runs") / (name + end) for end in ("", *(f"-{i}" for i in range(2, 10_000))))
     out = Path(cfg.out) if cfg.out else next(path for path in names if not path.exists())
     (out / "images").mkdir(parents=True, exist_ok=True)
-    packages = "torch diffusers transformers open_clip_torch numpy pillow".split()
-    facts = asdict(cfg) | {"versions": {package: version(package) for package in packages}}
-    (out / "config.json").write_text(json.dumps(facts, indent=1))
+    (out / "config.json").write_text(json.dumps(describe_run(cfg, device), indent=1))
     return out
 
 
@@ -745,6 +881,36 @@ def summarize(step, rewards, scores, stats, cfg, device):
     return {"step": step} | {name: float(f"{value:.7g}") for name, value in line.items()}
 
 
+def compare_runs(*folders):
+    """Print reward and loss of two runs side by side and draw compare.png into the second; True
+    if the mean rewards of every ten steps, and of all, are within 5 % of each other."""
+    try:
+        files = [(Path(folder) / "metrics.jsonl").read_text().splitlines() for folder in folders]
+        runs = [{line["step"]: (line["reward"], line["loss"]) for line in map(json.loads, lines)}
+                for lines in files]
+        steps = sorted(runs[0].keys() & runs[1].keys())
+        table = np.array([[run[step] for step in steps] for run in runs])
+        rewards, losses = table.transpose(2, 0, 1)  # (2, steps)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"--compare {' '.join(folders)}: must be the folders of two runs with steps "
+                       f"in common ({error})") from None
+    worst, parts = 0.0, [slice(i, i + 10) for i in range(0, len(steps), 10)] + [slice(None)]
+    print("steps              reward A  reward B  difference    loss A    loss B")
+    for part in parts:
+        (a, b), (c, d) = rewards[:, part].mean(1), losses[:, part].mean(1)
+        worst = max(worst, abs(b / a - 1))
+        print(f"{steps[part][0]:5} to {steps[part][-1]:5}    {a:10.4f}{b:10.4f}{b / a - 1:+12.2%}"
+              f"{c:10.1e}{d:10.1e}")
+    a, b = rewards[:, i := np.abs(rewards[1] / rewards[0] - 1).argmax()]
+    print(f"worst step: {steps[i]}, {a:.4f} and {b:.4f}, {b / a - 1:+.2%}")
+    names = [{file.name for file in Path(f, "images").glob("*.png")} for f in folders]
+    grids = [Path(f, "images", name) for name in sorted(names[0] & names[1])[-1:] for f in folders]
+    curves = {f: list(zip(steps, curve)) for f, curve in zip(folders, rewards)}
+    draw_curves(Path(folders[1]) / "compare.png", curves, grids)
+    print(f"look at {folders[1]}/compare.png\ncompare {'OK' if worst <= 0.05 else 'OFF'}")
+    return worst <= 0.05
+
+
 # -------------------------------------------------------------------------------------------- main
 
 def read_command_line(argv):
@@ -756,12 +922,28 @@ def read_command_line(argv):
     parser.error = reward.refuse
     for name, (default, comment) in COMMENTS.items():
         kind, tiny = Config.__annotations__[name], f", tiny {TINY[name]}" if name in TINY else ""
-        options = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(
-            type=kind, metavar=kind.__name__.upper())
+        options = dict(type=kind, metavar=kind.__name__.upper())
+        if kind is bool:
+            options = dict(action=argparse.BooleanOptionalAction)
+        elif kind is tuple:
+            options = dict(nargs=2, metavar="RUN")
         parser.add_argument(f"--{name}", **options, default=argparse.SUPPRESS,
                             help=f"{comment} (default {default}{tiny})".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
+    if "replay" in given:
+        given = read_settings(given["replay"]) | given
     return Config(**(TINY if given.get("model", "tiny") == "tiny" else {}) | given)
+
+
+def read_settings(folder):
+    """The settings of a recorded run, but for those of its machine and its own files."""
+    own = ("device", "out", "cache", "record", "deterministic")
+    try:
+        (Path(folder) / "step_00001_rank_0.safetensors").stat()
+        settings = json.loads((Path(folder) / "config.json").read_text())
+        return {name: settings[name] for name in COMMENTS if name in settings and name not in own}
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"--replay {folder}: must be a folder of --record ({error})") from None
 
 
 def score(rewards, images, prompts):
@@ -776,10 +958,15 @@ def score(rewards, images, prompts):
 
 
 def main(argv=None):
-    cfg = read_command_line(argv)
-    prompts, title = check_files(cfg), Path(cfg.model).name
-    device, rank, world = start(cfg.device)
-    cfg, rewards = prepare(cfg, device)
+    asked = read_command_line(argv)
+    if asked.compare:
+        sys.exit(0 if compare_runs(*asked.compare) else 3)
+    prompts, title = check_files(asked), Path(asked.model).name
+    if asked.deterministic:
+        reward.make_deterministic(asked.seed)
+    device, rank, world = start(asked.device)
+    cfg, rewards = prepare(asked, device)
+    TAPE.start(replace(asked, dtype=cfg.dtype), device, rank, world)
     G, shown = cfg.num_generations, prompts[:cfg.eval_images]
     plan = plan_prompts(prompts, cfg, rank, world)
     used = dict.fromkeys([*shown, *(prompt for chosen in plan for _, prompt in chosen)])
@@ -794,7 +981,7 @@ def main(argv=None):
     shape = transformer.config.in_channels // 4, cfg.height // pixels, cfg.width // pixels
     predict = partial(velocity, transformer, ids=image_ids(*shape[1:]).to(device),
                       guidance=cfg.guidance, bf16=cfg.dtype == "bf16")
-    out, history, held_out = open_run(cfg, title) if rank == 0 else None, [], []
+    out, history, held_out = open_run(cfg, device, title) if rank == 0 else None, [], []
     bar = tqdm(total=cfg.steps, desc="GRPO", unit="step", disable=rank > 0, dynamic_ncols=True)
     for step in range(cfg.steps + 1):
         if step % cfg.eval_every == 0 or step == cfg.steps:
@@ -803,21 +990,32 @@ def main(argv=None):
             held_out.append((step, after.rewards.mean().item()))
             if rank == 0:
                 draw_grids(out / "images" / f"step_{step:05d}.png", {f"step {step}": after})
-                draw_curve(out / "reward.png", history, held_out)
+                rollouts = [(line["step"], line["reward"]) for line in history]
+                draw_curves(out / "reward.png", {"rollouts (SDE)": rollouts,
+                                                 "held-out noise (ODE)": held_out})
         if step == cfg.steps:
             break
         names = [prompt for _, prompt in plan[step] for _ in range(G)]
         keys = [(step, slot, sample) for slot, _ in plan[step] for sample in range(G)]
+        TAPE.open(step)
         times = [clock(device)]
         x, text = draw_latents(keys, shape, cfg).to(device), batch_text(encoded, names, device)
+        TAPE.note("text", *text)
 
         trajectory = rollout(predict, x, text, keys, cfg, cfg.eta)
-        images = decode(vae, trajectory.x0, shape[1:], cfg.micro_batch)
+        TAPE.note("latents", trajectory.x, trajectory.x0)
+        TAPE.note("logp", trajectory.logp)
+        images = TAPE.note("images", decode(vae, trajectory.x0, shape[1:], cfg.micro_batch))
         times.append(clock(device))
         scores = score(rewards, images, names)
+        TAPE.note("reward", *scores.values())
         times.append(clock(device))
         advantages = sum(w * group_advantages(scores[name], G) for name, (w, _) in rewards.items())
+        TAPE.note("advantages", advantages)
         stats = update(predict, optimizer, trajectory, text, advantages, keys, cfg)
+        TAPE.note("loss", stats["loss"])
+        TAPE.note("grad_norm", stats["grad_norm"])
+        TAPE.close()
         times.append(clock(device))
 
         line = summarize(step + 1, rewards, scores, stats, cfg, device)
@@ -839,8 +1037,13 @@ def main(argv=None):
         draw_grids(out / "before_after.png", {"before": before, "after": after})
         print(f"before: {headline(before)}; after: {headline(after)} ({cfg.eval_images} images)\n"
               f"look at {out}/before_after.png and {out}/reward.png; for diffusers: {out}/export")
+    verdict = TAPE.verdict() if cfg.replay else ""
+    if rank == 0 and verdict:
+        print(verdict)
     if dist.is_initialized():
         dist.destroy_process_group()
+    if verdict.endswith("OFF"):
+        sys.exit(3)
 
 
 if __name__ == "__main__":

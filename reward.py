@@ -5,18 +5,23 @@ scores (B,) float, higher is better. HPS is the human preference score (Wu et al
 2306.09341): the cosine of two CLIP features, after training on what people chose.
 
     python reward.py --hps HPS_v2.1_compressed.pt --prompt "a cat in a hat" a.png b.png
+    python reward.py --hps HPS_v2.1_compressed.pt pictures/ --save scores.jsonl     # on a GPU
+    python reward.py --hps HPS_v2.1_compressed.pt pictures/ --against scores.jsonl  # on an NPU
 
 This file imports nothing else of the project; it alone knows the kinds of devices by name.
 """
 
 import argparse
 import importlib
+import json
 import logging
 import math
 import os
-import pickle
+import platform
+import random
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +76,35 @@ def select_device(name="auto") -> torch.device:
 
 def is_accelerator(device) -> bool:
     return torch.device(device).type != "cpu"
+
+
+def describe(device) -> str:
+    """What decides on the bits of a result: the device, its kernels, torch's version."""
+    name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    name += f", {torch.get_num_threads()} threads"
+    if is_accelerator(device):
+        name = torch.get_device_module(device).get_device_name()
+    return f"{name}, torch {torch.__version__}"
+
+
+def make_deterministic(seed):
+    """One device gives the same bits in every run: fixed kernels, no reduced fp32, fixed seeds.
+
+    Call it before anything runs on the device, as its libraries read their switches once. On an
+    accelerator it costs speed, and an operator without a deterministic kernel raises RuntimeError.
+    """
+    os.environ.update(
+        CUBLAS_WORKSPACE_CONFIG=":4096:8", HCCL_DETERMINISTIC="true", LCCL_DETERMINISTIC="1",
+        CLOSE_MATMUL_K_SHIFT="1", ATB_MATMUL_SHUFFLE_K_ENABLE="0", ATB_LLM_LCOC_ENABLE="0",
+        PYTHONHASHSEED=str(seed))  # the last counts in the processes that this one starts
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True)
+    cudnn = torch.backends.cudnn
+    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = True, False, False
+    if hasattr(torch, "npu"):
+        torch.npu.conv.allow_hf32 = torch.npu.matmul.allow_hf32 = False
 
 
 # --------------------------------------------------------------------------------------------- HPS
@@ -266,34 +300,141 @@ def tiny_accuracy(hps, images, prompts):
 
 # ------------------------------------------------------------------------------------ command line
 
-def read_image(path):
-    """A picture file as (1, 3, H, W) float in [0, 1]; grey and transparent ones become RGB."""
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+ALLOWED = 0.015  # percent of the mean score: what ports of HPS to Ascend are held to
+
+
+@contextmanager
+def reading(path):
+    """Whatever a file that is no picture makes Pillow raise becomes a BadInput that names it."""
     try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
+        yield
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadInput(f"{path}: not a picture that Pillow can read ({error})") from None
+
+
+def find_pictures(paths):
+    """The files among paths, and the pictures of the folders among them, sorted by name."""
+    files = []
+    for path in map(Path, paths):
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        files += [file for file in inside if file.suffix.lower() in PICTURES] or [path]
+    for file in files:
+        with reading(file):
+            Image.open(file).close()
+    return files
+
+
+def read_image(path):
+    """A picture file as (1, 3, H, W) float in [0, 1]; grey and transparent ones become RGB."""
+    with reading(path), Image.open(path) as image:
+        pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
 
 
+def read_batches(files, most):
+    """Pictures (B, 3, H, W), in their order: neighbours of one size together, `most` at a time."""
+    batch = []
+    for image in map(read_image, files):
+        if batch and (len(batch) == most or batch[0].shape != image.shape):
+            yield torch.cat(batch)
+            batch = []
+        batch.append(image)
+    yield torch.cat(batch)
+
+
+def read_prompts(path, flag="--prompts"):
+    """The lines of a UTF-8 file, stripped, without the empty ones."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{flag} {path}: must be a text file in UTF-8 ({error})") from None
+    if not (prompts := [line.strip() for line in lines if line.strip()]):
+        raise BadInput(f"{flag} {path}: must hold a prompt a line, but is empty")
+    return prompts
+
+
+def prompts_of(files, prompt, path):
+    """One prompt a picture: the same for all, a line each of a file, or from the files' names."""
+    if prompt:
+        return [prompt] * len(files)
+    if not path:  # "0007_a_cat-2.png": a cat
+        names = [re.sub(r"^[\d\W_]+|[\d\W_]+$", "", file.stem) for file in files]
+        if not all(names):
+            raise BadInput(f"--prompt (not given): must be, as {files[names.index('')]} has no "
+                           "words in its name")
+        return [name.replace("_", " ") for name in names]
+    if len(prompts := read_prompts(path)) != len(files):
+        raise BadInput(f"--prompts {path}: has {len(prompts)} prompts for {len(files)} pictures; "
+                       "must have one a line, in the order of the pictures' names")
+    return prompts
+
+
+def read_scores(path, names):
+    """The scores (B,) that --save wrote for the same (picture, prompt) names."""
+    lines = read_prompts(path, "--against")
+    try:
+        scores = {(line["image"], line["prompt"]): line["score"] for line in map(json.loads, lines)}
+        return torch.tensor([scores[name] for name in names])
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadInput(f"--against {path}: must hold what --save wrote for the same pictures and "
+                       f"prompts ({type(error).__name__}: {error})") from None
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Score pictures with HPS-v2.1: score and file.")
+    parser = argparse.ArgumentParser(
+        "reward.py", description="Score pictures with HPS-v2.1: a line with score and file each.")
     parser.error = refuse
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
-    parser.add_argument("--prompt", required=True, help="the text that the pictures were made for")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files, or folders")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--prompt", help="the text that all the pictures were made for")
+    text.add_argument("--prompts", metavar="FILE", help="a text a line, in the order of the "
+                      "pictures; without it the text is in the names: 0007_a_cat.png")
     parser.add_argument("--hps", required=True, metavar="FILE", help="HPS_v2.1_compressed.pt")
     parser.add_argument("--hps_arch", default="ViT-H-14", help="its name in open_clip, or a .json")
     parser.add_argument("--device", default="auto", help="auto, cuda, npu or cpu")
     parser.add_argument("--reward_fp32", action="store_true", help="no fp16 autocast")
+    parser.add_argument("--deterministic", action="store_true", help="the same bits in every run")
+    parser.add_argument("--batch", type=int, default=16, help="pictures at a time, if of one size")
+    parser.add_argument("--save", metavar="FILE", help="write the scores, a line of JSON each")
+    parser.add_argument("--against", metavar="FILE", help="compare with what --save wrote on "
+                        "another device; exit status 3 if the mean error is above 0.015 %%")
     args = parser.parse_args(argv)
     try:
-        device = select_device(args.device)
-        pictures = [read_image(path) for path in args.images]
-        hps = HPS(args.hps, args.hps_arch, device, args.reward_fp32)
+        score_pictures(args)
     except BadInput as error:
         refuse(error)
-    for path, picture in zip(args.images, pictures):
-        print(f"{hps(picture, [args.prompt]).item():.5f}  {path}")
+
+
+def score_pictures(args):
+    if args.batch < 1:
+        raise BadInput(f"--batch {args.batch}: must be at least 1")
+    device, files = select_device(args.device), find_pictures(args.images)
+    names = [(file.name, text) for file, text in zip(files, prompts_of(files, args.prompt,
+                                                                       args.prompts))]
+    others = read_scores(args.against, names) if args.against else None
+    if args.deterministic:
+        make_deterministic(0)
+    hps, scores = HPS(args.hps, args.hps_arch, device, args.reward_fp32), []
+    with tqdm(total=len(files), unit="picture", disable=len(files) < 100) as bar:
+        for images in read_batches(files, args.batch):
+            prompts = [text for _, text in names[len(scores):len(scores) + len(images)]]
+            scores += hps(images, prompts).tolist()
+            bar.update(len(images))
+    if args.save:
+        lines = [json.dumps(dict(image=image, prompt=text, score=score), ensure_ascii=False)
+                 for (image, text), score in zip(names, scores)]
+        Path(args.save).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    errors = torch.tensor(scores) - others if args.against else [None] * len(scores)
+    for file, score, error in zip(files, scores, errors):
+        print(f"{score:.5f}", *([] if error is None else [f"{error:+.1e}"]), f" {file}")
+    if args.against:
+        share = 100 / others.abs().mean().item()  # errors in percent of the mean score
+        mean, worst = errors.abs().mean().item() * share, errors.abs().max().item() * share
+        fine = mean <= ALLOWED
+        print(f"{len(files)} scores: mean absolute error {mean:.5f} %, largest {worst:.5f} %, "
+              f"allowed {ALLOWED} % on average\nreward {'OK' if fine else 'OFF'}")
+        sys.exit(0 if fine else 3)
 
 
 if __name__ == "__main__":

@@ -5,26 +5,40 @@ with a known solution, numbers by hand. Each docstring names the mistakes that i
     python test_grpo_flux.py                # the benchmark, on the best device there is
 """
 
+import ctypes
+import importlib.util
 import inspect
 import json
 import math
 import os
+import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections import namedtuple
+import types
+from collections import defaultdict, namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import fields
 from functools import partial
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.distributed as dist
 import torchvision.transforms.functional as TF
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.models.transformers import transformer_flux
 from PIL import Image
+from safetensors.torch import load_file
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import grpo_flux
 import reward
@@ -323,19 +337,47 @@ def test_reward_command_line(tiny, tmp_path, capsys):
     """Scores beside the wrong file; a traceback for a grey, transparent or broken picture."""
     red, blue = (Image.fromarray(reward.draw(prompt, np.random.default_rng(0)))
                  for prompt in ("a red circle", "a blue cross"))
-    pictures = dict(red=red, blue=blue, grey=red.convert("L"), clear=red.convert("RGBA"))
+    pictures = dict(red=red, blue=blue, grey=red.convert("L"), wide=red.resize((64, 32)),
+                    clear=red.convert("RGBA"))
     paths = [tmp_path / f"{name}.png" for name in pictures]
     for path, picture in zip(paths, pictures.values()):
         picture.save(path)
-    flags = ["--hps", tiny.cfg.hps, "--hps_arch", tiny.cfg.hps_arch, "--device", "cpu",
-             "--prompt", "a red circle"]
-    reward.main([*flags, *map(str, paths)])
+    flags = ["--hps", tiny.cfg.hps, "--hps_arch", tiny.cfg.hps_arch, "--device", "cpu"]
+    reward.main([*flags, "--prompt", "a red circle", "--batch", "2", *map(str, paths)])
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     scores = {Path(path).stem: float(score) for score, path in lines}
     assert list(scores) == list(pictures) and scores["red"] > scores["blue"] + 0.2
     assert scores["clear"] == scores["red"] != scores["grey"]
     (tmp_path / "broken.png").write_bytes(paths[0].read_bytes()[:60])
     check_refusal(shell("reward.py", *flags, "broken.png", cwd=tmp_path), "broken.png")
+    Path(tmp_path / "0001.png").write_bytes(paths[0].read_bytes())
+    check_refusal(shell("reward.py", *flags, "0001.png", cwd=tmp_path), "--prompt")
+
+
+def test_scores_of_two_devices(tiny, tmp_path, capsys):
+    """Scores compared with those of another picture or prompt; an error that is not relative."""
+    folder, rng, saved = tmp_path / "pictures", np.random.default_rng(0), tmp_path / "scores.jsonl"
+    folder.mkdir()
+    for i, prompt in enumerate(reward.TINY_PROMPTS[:5]):
+        picture = Image.fromarray(reward.draw(prompt, rng, size=32 + 16 * (i == 2)))
+        picture.save(folder / f"{i:04d}_{prompt.replace(' ', '_')}.png")
+    (tmp_path / "prompts.txt").write_text("\n".join(reward.TINY_PROMPTS[:5]))
+    flags = ["--hps", tiny.cfg.hps, "--hps_arch", tiny.cfg.hps_arch, "--device", "cpu", str(folder)]
+    reward.main([*flags, "--save", str(saved)])
+    lines = [json.loads(line) for line in saved.read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == reward.TINY_PROMPTS[:5]
+    capsys.readouterr()
+    for factor, status in ((1.00014, 0), (1.00016, 3)):
+        scaled = [json.dumps(line | dict(score=line["score"] * factor)) for line in reversed(lines)]
+        saved.write_text("\n".join(scaled))
+        with pytest.raises(SystemExit) as end:
+            reward.main([*flags, "--against", str(saved),
+                         "--prompts", str(tmp_path / "prompts.txt")])
+        assert end.value.code == status
+        assert capsys.readouterr().out.endswith(f"reward {'OFF' if status else 'OK'}\n")
+    with pytest.raises(SystemExit):
+        reward.main([*flags, "--against", str(saved), "--prompt", "a red circle"])
+    assert "--against" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------ update
@@ -428,11 +470,16 @@ def test_prompts_go_round(count, per_rank):
 
 # ---------------------------------------------------------------------------- run and command line
 
-def shell(*argv, cwd):
+def shell(*argv, cwd, **environment):
     argv = [str(HERE / word) if (HERE / word).suffix == ".py" else word for word in argv]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(
         [sys.executable, *argv], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def torchrun(ranks):
+    arguments = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return ["-m", *arguments] if ranks > 1 else []
 
 
 def check_refusal(done, words):
@@ -470,21 +517,27 @@ def test_run(tiny, tmp_path):
         grpo_flux.main(["--out", str(tmp_path / "run")])
 
 
-def test_two_processes_do_what_one_does(tiny, tmp_path):
+def test_processes_and_batches_do_not_matter(tiny, tmp_path):
     """Gradients summed and not averaged, prompts or draws by rank, weights that part."""
-    flags = "--device cpu --steps 2 --sampling_steps 4 --eval_images 3 --out".split()
-    grpo_flux.main([*flags, str(tmp_path / "one"), "--num_prompts", "2",
-                    "--gradient_accumulation_steps", "24"])
-    done = shell("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                 "grpo_flux.py", *flags, "two", "--num_prompts", "1", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (one, model), (two, sharded) = results(tmp_path / "one"), results(tmp_path / "two")
-    for a, b in zip(one, two, strict=True):
-        assert b["reward"] == pytest.approx(a["reward"], abs=1e-5)
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4, abs=1e-6)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
-    parts = [(a - b).abs().mean() for a, b in zip(model.parameters(), sharded.parameters())]
-    assert max(parts) < 2e-5  # AdamW has moved each weight by about 2e-4
+    def run(name, ranks=1, micro_batch=12):
+        flags = (f"--out {tmp_path / name} --num_prompts {2 // ranks} --micro_batch {micro_batch} "
+                 f"--gradient_accumulation_steps {24 // ranks} --steps 3 --sampling_steps 4 "
+                 "--device cpu --eval_images 3").split()
+        if ranks == 1:
+            grpo_flux.main(flags)
+        else:
+            done = shell(*torchrun(ranks), "grpo_flux.py", *flags, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+        lines, model = results(tmp_path / name)
+        return lines, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    expected, weights = run("one")
+    for lines, others in (run("two", ranks=2), run("four", micro_batch=4), run("1", micro_batch=1)):
+        for a, b in zip(expected, lines, strict=True):
+            assert b["reward"] == pytest.approx(a["reward"], abs=1e-5)
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-4, abs=1e-6)
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+        assert (others - weights).norm() < 1e-6 * weights.norm()  # moved by 4e-3 of it
 
 
 def test_reward_rises(tiny, tmp_path, monkeypatch):
@@ -507,7 +560,9 @@ BAD = [
     ("--prompts none.txt", "UTF-8"), ("--prompts empty.txt", "empty"), ("--device tpu", "cuda"),
     ("--model nowhere", "tiny"), ("--model .", "model_index.json"), ("--unknown 1", "unrecognized"),
     ("--step 3", "unrecognized"), ("--model a/b --prompts some.txt", "--hps"),
-    ("--model a/b --hps some.txt", "--prompts")]
+    ("--model a/b --hps some.txt", "--prompts"), ("--record a --replay record", "one of them"),
+    ("--record record", "new folder"), ("--replay .", "folder of --record"),
+    ("--compare record .", "two runs"), ("--compare record", "2 arguments")]
 
 
 @pytest.mark.parametrize("flags, words", BAD)
@@ -517,6 +572,9 @@ def test_bad_input(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(grpo_flux, "start", lambda _: pytest.fail("was not refused at once"))
     Path("empty.txt").write_text("\n \n")
     Path("some.txt").write_text("a prompt\n")
+    Path("record").mkdir()
+    Path("record/config.json").write_text("{}")
+    Path("record/step_00001_rank_0.safetensors").touch()
     with pytest.raises((BadInput, SystemExit)) as caught:
         grpo_flux.main(flags.split())
     message = str(caught.value) if caught.type is BadInput else capsys.readouterr().err
@@ -559,6 +617,393 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         grpo_flux.tiny_models(str(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------- tape
+
+SHORT = "--steps 2 --num_prompts 1 --sampling_steps 4 --eval_images 3 --device cpu".split()
+
+
+def replay(folder, out, *flags):
+    """Exit status, {stage: row of the table}, the lines below the table, metrics.jsonl."""
+    flags = [*flags, "--replay", str(folder), "--out", str(out), "--device", "cpu"]
+    with redirect_stdout(StringIO()) as text, pytest.raises(SystemExit) as end:
+        grpo_flux.main(flags)
+        sys.exit(0)
+    lines = text.getvalue().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("stage ")) + 1
+    table = [line.split() for line in lines[first:]][:len(grpo_flux.TOLERANCES)]
+    rows, rest = {row[0]: row for row in table}, lines[first + len(table):]
+    return end.value.code, rows, rest, results(out)[0]
+
+
+@pytest.fixture(scope="module")
+def record(tiny, tmp_path_factory):
+    """A record of two steps on one prompt, made with --deterministic."""
+    folder = tmp_path_factory.mktemp("tape")
+    (folder / "prompt.txt").write_text("a red circle")
+    grpo_flux.main([*SHORT, "--record", str(folder / "A"), "--out", str(folder / "run"),
+                    "--prompts", str(folder / "prompt.txt"), "--deterministic"])
+    yield folder / "A"
+    torch.use_deterministic_algorithms(False)
+
+
+def test_replay_on_two_processes(tiny, tmp_path):
+    """Draws or results of one rank taken for another's; a run that is not deterministic."""
+    flags = [*torchrun(2), "grpo_flux.py", "--device", "cpu", "--deterministic"]
+    for more in ([*SHORT, "--steps", "3", "--record", "A"], ["--replay", "A"]):
+        done = shell(*flags, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.endswith(" OK")][:-1]
+    assert [row[0] for row in rows] == list(grpo_flux.TOLERANCES)
+    assert all(float(number) == 0 for row in rows for number in row[2:6])
+    assert done.stdout.endswith("replay OK\n") and len(list((tmp_path / "A").iterdir())) == 7
+    counts = {row[0]: int(row[1]) for row in rows}  # 3 steps, 2 ranks, 12 samples, 4 steps of SDE
+    assert counts["velocity"] == 3 * 2 * 12 * 4 * 256 and counts["grad_norm"] == 6
+
+
+def test_replay_takes_all_draws_from_the_tape(record, tmp_path):
+    """A random number that is drawn beside the tape: it would change with the seed."""
+    assert replay(record, tmp_path, "--seed", "7", "--deterministic")[::2] == (0, ["replay OK"])
+
+
+def test_names_on_the_tape(record):
+    """Names, shapes or an order of the draws in which a run of DanceGRPO's code has others."""
+    first, second = (load_file(record / f"step_0000{i}_rank_0.safetensors") for i in (1, 2))
+    assert first["input_latents_1_0"].shape == (1, 4, 8, 8) and first["perms_1_0"].shape == (12, 3)
+    assert sorted(first["perms_1_0"][5].tolist()) == [0, 1, 2]
+    coff = [{int(name.split("_")[1]) for name in f if "coff" in name} for f in (first, second)]
+    assert coff[0] == {n for n in range(48) if n % 4 < 3}  # none in the last step
+    assert coff[1] == {n + 48 for n in coff[0]}
+    drawn = grpo_flux.randn((16, 16), 0, grpo_flux.NOISE, 1, 0, 5, 2)
+    assert torch.equal(second["coff_70_0"], drawn[None])  # (12 + 5) * 4 + 2
+    states, noise = first["latents.0"], first["coff_21_0"]  # sample 5, step 1
+    sigmas = grpo_flux.sigma_schedule(4, 3.0)
+    after = flux_step(first["velocity.1"][5:6], states[5:6, 1], *sigmas[1:3], 0.7, noise=noise)[0]
+    assert torch.allclose(after, states[5:6, 2], atol=1e-5)
+
+
+def test_replay_finds_a_changed_weight(record, tmp_path, monkeypatch):
+    """One weight of 1.85 million that is off by 0.001."""
+    def load_models(*args, load=grpo_flux.load_models):
+        vae, transformer = load(*args)
+        transformer.transformer_blocks[0].attn.to_q.weight.data[0, 0] += 1e-3
+        return vae, transformer
+
+    monkeypatch.setattr(grpo_flux, "load_models", load_models)
+    status, rows, end, _ = replay(record, tmp_path, "--deterministic")
+    assert end[0].startswith("first OFF: step 1, rank 0, stage velocity;")
+    assert (status, end[1]) == (3, "replay OFF")
+    assert rows["text"][-1] == "OK" and rows["velocity"][-1] == "OFF"
+
+
+def test_replay_finds_a_changed_reward(record, tmp_path, monkeypatch):
+    """A reward that is off by 0.02 %, of the same pictures."""
+    monkeypatch.setattr(reward.HPS, "__call__",
+                        lambda *args, call=reward.HPS.__call__: call(*args) * 1.0002)
+    status, rows, end, _ = replay(record, tmp_path)
+    assert end[0].startswith("first OFF: step 1, rank 0, stage reward;")
+    assert (status, end[1]) == (3, "replay OFF")
+    assert float(rows["reward"][4]) == pytest.approx(2e-4, rel=0.05)
+
+
+def test_replay_finds_a_wrong_rotary_embedding(record, tmp_path, monkeypatch):
+    """Pictures turn into noise while loss and ratio look right: pairs that are halves of a head
+    where FLUX has neighbours, in rollout and update alike."""
+    monkeypatch.setattr(transformer_flux, "apply_rotary_emb", partial(
+        transformer_flux.apply_rotary_emb, use_real_unbind_dim=-2))
+    status, rows, end, lines = replay(record, tmp_path)
+    assert end[0].startswith("first OFF: step 1, rank 0, stage velocity;") and status == 3
+    for line, right in zip(lines, results(record.parent / "run")[0], strict=True):
+        assert abs(line["loss"] - right["loss"]) < 1e-6 > abs(line["ratio"] - right["ratio"])
+    assert rows["loss"][-1] == "OK" and float(rows["velocity"][4]) > 0.05
+
+
+def test_compare_two_runs(tmp_path, capsys):
+    """A mean over everything that hides ten bad steps; steps that only one run has."""
+    def run(name, rewards):
+        (tmp_path / name / "images").mkdir(parents=True)
+        Image.new("RGB", (60, 40)).save(tmp_path / name / "images" / "step_00000.png")
+        lines = [json.dumps(dict(step=i + 1, reward=r, loss=1e-6)) for i, r in enumerate(rewards)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
+        return str(tmp_path / name)
+
+    runs = [run(*each) for each in (("a", [0.5] * 40), ("b", [0.5] * 10 + [0.52] * 20),
+                                    ("c", [0.5] * 10 + [0.53] * 10))]
+    for other, status, words in ((runs[1], 0, "+2.67%"), (runs[2], 3, "worst step: 11")):
+        with pytest.raises(SystemExit) as end:
+            grpo_flux.main(["--compare", runs[0], other])
+        out = capsys.readouterr().out
+        assert end.value.code == status and words in out
+        assert out.endswith(f"compare {'OFF' if status else 'OK'}\n")
+        assert Image.open(Path(other) / "compare.png").size > (500, 500)
+
+
+def test_deterministic_sets_every_switch(monkeypatch):
+    """A switch that has another name than its library reads."""
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(torch, "npu", types.SimpleNamespace(
+        conv=types.SimpleNamespace(), matmul=types.SimpleNamespace()), raising=False)
+    try:
+        reward.make_deterministic(3)
+        assert torch.are_deterministic_algorithms_enabled() and torch.initial_seed() == 3
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert os.environ == dict(
+        HCCL_DETERMINISTIC="true", LCCL_DETERMINISTIC="1", CLOSE_MATMUL_K_SHIFT="1",
+        ATB_MATMUL_SHUFFLE_K_ENABLE="0", ATB_LLM_LCOC_ENABLE="0",
+        CUBLAS_WORKSPACE_CONFIG=":4096:8", PYTHONHASHSEED="3")
+    cudnn = torch.backends.cudnn
+    assert (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32) == (True, False, False)
+    assert torch.npu.conv.allow_hf32 is torch.npu.matmul.allow_hf32 is False
+
+
+# -------------------------------------------------------------------------------------------- NPU
+
+# A device that torch really calls npu, without hardware: its tensors are host memory, and every
+# operator runs on the CPU. Like an NPU it refuses float64 and tensors of the CPU among its own;
+# hccl is gloo. It says nothing of NPU kernels, and each process has only npu:0. It cannot be taken
+# out of a process again: `python test_grpo_flux.py --npu grpo_flux.py ...` is a process for it.
+NO_NPU = "this torch cannot carry the stand-in for an NPU"
+AUTOCAST = "conv2d linear matmul mm bmm addmm baddbmm scaled_dot_product_attention"
+COLLECTIVES = ("allreduce_ broadcast_ allgather_ _allgather_base_ _reduce_scatter_base_ barrier "
+               "allgather_into_tensor_coalesced_")
+GROUPS = {}  # the group of gloo behind each of hccl
+
+
+def recast(x, kind):
+    """The same memory on another device: in DLPack, integer 1 is the cpu and 12 is ours."""
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    capsule = torch._C._to_dlpack(x)
+    ctypes.c_int32.from_address(pointer(capsule, b"dltensor") + 8).value = kind
+    return torch._C._from_dlpack(capsule)
+
+
+def run_on_cpu(op, *args, **kwargs):
+    """Every operator with an npu tensor ends here, below autograd and autocast."""
+    twins, strays = {}, []  # twins: {id of an npu tensor: (it, its memory as a CPU tensor)}
+
+    def to_cpu(x):
+        if isinstance(x, torch.Tensor) and x.is_npu:
+            if id(x) not in twins:
+                twins[id(x)] = x, recast(x, 1) if x.numel() else torch.empty(x.shape, dtype=x.dtype)
+            return twins[id(x)][1]
+        if isinstance(x, torch.Tensor) and x.dim() and op is not torch.ops.aten.index.Tensor:
+            strays.append(x)
+        if isinstance(x, torch.ScriptObject) and x._type().name().endswith("ProcessGroup"):
+            return GROUPS[dist.ProcessGroup.unbox(x).group_name].boxed()
+        return torch.device("cpu") if isinstance(x, torch.device) else x
+
+    def to_npu(x):
+        if getattr(x, "dtype", None) in (torch.float64, torch.complex128):
+            raise TypeError(f"{op}: {x.dtype} on npu")
+        return own[id(x)] if id(x) in own else recast(x, 12) if isinstance(x, torch.Tensor) else x
+
+    inputs, options = tree_map(to_cpu, (args, kwargs))
+    if op is torch.ops.aten._copy_from.default:  # of .to and copy_, which may see both devices
+        inputs[1].copy_(inputs[0])
+        return args[1]
+    if strays:
+        raise RuntimeError(f"{op}: npu tensors meet a tensor {tuple(strays[0].shape)} of the cpu")
+    result, own = op(*inputs, **options), {id(twin): x for x, twin in twins.values()}
+    if op.namespace == "c10d":  # torch finds the work by storage, and views here have their own
+        dist.Work.unbox(result[-1] if isinstance(result, tuple) else result).wait()
+    for x, twin in twins.values():
+        if twin.shape != x.shape or twin.data_ptr() != x.data_ptr():  # out= and resize_
+            x.data = recast(twin, 12)
+    return tree_map(to_npu, result)
+
+
+def autocast(op, *args, **kwargs):
+    def cast(x):
+        low = isinstance(x, torch.Tensor) and x.is_npu and x.is_floating_point()
+        return x.to(torch.get_autocast_dtype("npu")) if low else x
+
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+    with torch._C._ExcludeDispatchKeyGuard(keys):
+        return op(*tree_map(cast, args), **tree_map(cast, kwargs))
+
+
+def hccl(o, _):
+    gloo = dist.ProcessGroupGloo(o.store, o.group_rank, o.group_size, o.timeout)
+    GROUPS[o.group_id] = dist.ProcessGroup(o.store, o.group_rank, o.group_size)
+    kind = dist.ProcessGroup.BackendType.GLOO
+    GROUPS[o.group_id]._register_backend(torch.device("cpu"), kind, gloo)
+    return gloo
+
+
+def install_npu():
+    npu, half = types.ModuleType("torch.npu"), [torch.float16, torch.bfloat16]
+    values = dict(is_available=True, is_initialized=True, device_count=8, current_device=0,
+                  set_device=None, synchronize=None, _is_in_bad_fork=False, manual_seed_all=None,
+                  get_amp_supported_dtype=half, get_device_name="stand-in")
+    for name, value in values.items():
+        setattr(npu, name, lambda *_, value=value: value)
+    numbers = dict(stream_id=0, device_index=0, device_type=20)
+    npu.Stream = type("Stream", (torch.cpu.Stream,), numbers)
+    npu.conv, npu.matmul = types.SimpleNamespace(), types.SimpleNamespace()
+    npu.Event, npu.stream, npu.current_stream = torch.cpu.Event, torch.cpu.stream, npu.Stream
+    _setup_privateuseone_for_python_backend("npu", backend_module=npu)
+    dist.Backend.register_backend("hccl", hccl, extended_api=True, devices=["npu"])
+    every, aten, c10d, cast = libraries = [torch.library.Library(*names) for names in (
+        ("_", "IMPL"), ("aten", "IMPL", "PrivateUse1"), ("c10d", "IMPL", "PrivateUse1"),
+        ("aten", "IMPL", "AutocastPrivateUse1"))]
+    every.fallback(run_on_cpu, "PrivateUse1")
+    every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    aten.impl("convolution_overrideable", partial(run_on_cpu, torch.ops.aten.convolution.default))
+    for name in COLLECTIVES.split():
+        c10d.impl(name, partial(run_on_cpu, getattr(torch.ops.c10d, name).default))
+    for name in AUTOCAST.split():
+        cast.impl(name, partial(autocast, getattr(torch.ops.aten, name).default))
+    resize = torch.UntypedStorage.resize_  # FSDP frees memory with it; here it stays
+    torch.UntypedStorage.resize_ = lambda s, n: s if s.device.type == "npu" else resize(s, n)
+    assert (torch.ones(2).to("npu") + 1).tolist() == [2, 2]
+    return libraries  # they take their operators along when they go
+
+
+def with_npu(name, *argv, cwd, ranks=1):
+    """Run a script, or a function of this file, in processes of their own that have the npu."""
+    done = shell(*torchrun(ranks), __file__, "--npu", name, *argv, cwd=cwd,
+                 CUDA_VISIBLE_DEVICES="")  # torch_npu refuses to start beside a GPU
+    if NO_NPU in done.stderr:
+        pytest.skip(done.stderr[done.stderr.index(NO_NPU):].splitlines()[0])
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_npu_does_what_a_cpu_does(tmp_path):
+    """Under torchrun: a CPU tensor, float64, a device or backend by name, gradients of one rank."""
+    flags = ("--steps 2 --sampling_steps 4 --num_generations 4 --micro_batch 4 --eval_images 3 "
+             "--gradient_checkpointing --dtype fp32 --reward_fp32 --device").split()
+    grpo_flux.main([*flags, "cpu", "--out", str(tmp_path / "cpu"), "--num_prompts", "2",
+                    "--gradient_accumulation_steps", "8"])
+    with_npu("grpo_flux.py", *flags, "npu", "--out", "npu", "--num_prompts", "1",
+             "--gradient_accumulation_steps", "4", cwd=tmp_path, ranks=2)
+    (cpu, a), (npu, b) = results(tmp_path / "cpu"), results(tmp_path / "npu")
+    assert len(cpu) == len(npu) == 2
+    for one, two in zip(cpu, npu):
+        assert two["reward"] == pytest.approx(one["reward"], abs=1e-5)
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+        assert two["ratio_off"] == 0
+    difference = [(u - v).abs().mean() for u, v in zip(a.parameters(), b.parameters())]
+    assert max(difference) < 2e-5  # two steps of AdamW move weights by 2e-4
+
+
+FAULTS = [  # (old, new, words of the error): nothing, then what a port gets wrong
+    ("", "", ""),
+    ("gather(counts.to(device))", "gather(counts)", "device type cpu"),  # 1 and 2: with RANK
+    ("dist.get_default_backend_for_device(device)", "'nccl'", "NCCL"),
+    ("torch.get_device_module(device).set_device", "torch.cuda.set_device", "cuda"),
+    ("keys, shape, cfg).to(device)", "keys, shape, cfg).to('cuda')", ""),
+    ("dtype=torch.float32, device=x.device)", "dtype=torch.float64, device=x.device)", "float64"),
+    (".standard_normal(shape).astype(np.float32)", ".standard_normal(shape)", "float64"),
+    ("torch.stack(noise).to(z.device)", "torch.stack(noise)", "cpu"),
+    ("torch.stack(noise).to(z.device)",
+     "torch.randn(z.shape, device=z.device, generator=torch.Generator(z.device))", "Generator"),
+    ("torch.stack(c).to(device)", "torch.stack(c)", "of the cpu"),
+    ("self.tokenizer(unique).to(self.device)", "self.tokenizer(unique)", "of the cpu"),
+    ("torch.autocast(x.device.type", "torch.autocast('cuda'", "computes in fp32"),
+    ("torch.autocast(self.device.type", "torch.autocast('cuda'", "computes in fp32"),
+    ("import reward\n",
+     "import reward\nfrom diffusers.models.transformers import transformer_flux\n"
+     "transformer_flux.maybe_adjust_dtype_for_device = lambda dtype, _: dtype\n", "float64"),
+]
+
+
+def run_with_faults():
+    """A short run in bf16 of a copy of the code with each fault; error.txt says how it ended."""
+    def refuse_fp32(layer, inputs, output):
+        if isinstance(layer, torch.nn.Linear) and output.dtype == torch.float32:
+            raise TypeError(f"{layer} computes in fp32")
+
+    torch.nn.modules.module.register_module_forward_hook(refuse_fp32)
+    flags = ("--device npu --steps 1 --sampling_steps 3 --num_prompts 1 --num_generations 4 "
+             "--micro_batch 2 --gradient_accumulation_steps 4 --eval_images 3 --out").split()
+    os.environ |= dict(WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
+    for i, (old, new, _) in enumerate(FAULTS):
+        folder = Path(str(i)).resolve()
+        folder.mkdir()
+        for name in ("reward", "grpo_flux"):
+            path = folder / f"{name}.py"
+            path.write_text((HERE / path.name).read_text().replace(old, new))
+            spec = importlib.util.spec_from_file_location(name, path)
+            module = sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        module.draw_grids = module.draw_curve = lambda *_: None  # they take a second
+        os.environ |= dict(RANK="0") if i in (1, 2) else {}
+        try:
+            module.main([*flags, str(folder / "run")])
+        except Exception as error:
+            (folder / "error.txt").write_text(f"{type(error).__name__}: {error}")
+        os.environ.pop("RANK", None)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run_at_real_size():
+    """A rollout and an update of FLUX.1-dev at 720x720, with tensors that have no memory."""
+    cfg = grpo_flux.Config(num_generations=2, sampling_steps=2, gradient_accumulation_steps=2)
+    keys, grid, A = [(0, 0, 0), (0, 0, 1)], (90, 90), np.array([1.0, -1.0])
+    # what the host reads: one batch, 0.0 for loss, norm and ratio, and the number of AdamW's step
+    FakeTensor.tolist = lambda x: [0.0 if x.is_floating_point() else 1] * x.numel()
+    FakeTensor.item = lambda x: 1.0
+    seen = defaultdict(set)  # {(device, dtype): names of the operators that made such a tensor}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, kinds, args=(), kwargs=None):
+            result = op(*args, **kwargs or {})
+            for x in tree_leaves(result):
+                if isinstance(x, torch.Tensor):
+                    seen[x.device.type, x.dtype].add(op.__name__.split(".")[0])
+            return result
+
+    with FakeTensorMode(allow_non_fake_inputs=True), Watch():  # refuses devices that mix
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(device="npu") by way of the CPU
+        with torch.device("npu"):
+            transformer = FluxTransformer2DModel(guidance_embeds=True)
+            text = torch.empty(2, 512, 4096), torch.empty(2, 768)
+        transformer.enable_gradient_checkpointing()
+        optimizer = torch.optim.AdamW(transformer.parameters(), lr=cfg.learning_rate)
+        ids = grpo_flux.image_ids(*grid).to("npu")
+        predict = partial(grpo_flux.velocity, transformer, ids=ids, guidance=3.5, bf16=True)
+        x = grpo_flux.draw_latents(keys, (16, *grid), cfg).to("npu")
+        trajectory = grpo_flux.rollout(predict, x, text, keys, cfg, cfg.eta)
+        stats = grpo_flux.update(predict, optimizer, trajectory, text, A, keys, cfg)
+    assert trajectory.x.shape == (2, 2, 2025, 64) and stats["updates"] == 1
+    assert sum(p.numel() for p in optimizer.state) == 11_901_408_320
+    assert not {dtype for _, dtype in seen} & {torch.float64, torch.complex128}
+    assert {k for k, names in seen.items() if names & {"mm", "addmm"}} == {("npu", torch.bfloat16)}
+    moves = set("arange expand clone view permute _unsafe_view _to_copy zeros_like stack unbind "
+                "slice lift_fresh".split())  # draws and positions, and AdamW's number with add_
+    for (device, _), names in seen.items():
+        assert device == "npu" or device == "cpu" and names <= moves | {"add_"}
+
+
+@pytest.fixture(scope="session")
+def npu_runs(tmp_path_factory):
+    """The folder of the runs with faults, and two futures: both children run side by side."""
+    folder = tmp_path_factory.mktemp("npu")
+    with ThreadPoolExecutor() as pool:
+        yield folder, *(pool.submit(with_npu, name, cwd=folder)
+                        for name in ("run_with_faults", "run_at_real_size"))
+
+
+def test_npu_at_real_size(npu_runs):
+    """float64, a tensor on the CPU, a matmul in fp32 that only a large or deep FLUX would have."""
+    npu_runs[2].result()
+
+
+@pytest.mark.parametrize("i", range(len(FAULTS)))
+def test_npu_shows_what_a_port_gets_wrong(npu_runs, i):
+    """0: a run without torchrun, in bf16. Then: a stand-in that is blind to what it stands for."""
+    npu_runs[1].result()
+    (old, new, words), folder = FAULTS[i], npu_runs[0] / str(i)
+    if old == new:
+        assert [line["ratio_off"] for line in results(folder / "run")[0]] == [0]
+    else:
+        assert any(old in (HERE / name).read_text() for name in ("grpo_flux.py", "reward.py"))
+        assert words in (folder / "error.txt").read_text()
 
 
 # --------------------------------------------------------------------------------------- benchmark
@@ -654,5 +1099,15 @@ def benchmark(repetitions=7):
           f"transformer alone  {least:7.3f} s   ours is {cost:.2f} times this")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:2] == ["--npu"]:
+    try:
+        libraries = install_npu()
+    except Exception as problem:
+        sys.exit(f"{NO_NPU}: {problem!r}")
+    del sys.argv[:2]
+    if sys.argv[0] in globals():
+        globals()[sys.argv[0]]()
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+elif __name__ == "__main__":
     benchmark()
