@@ -461,9 +461,10 @@ class Tape:
         self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
         self.folder, facts = Path(cfg.record or cfg.replay), describe_run(cfg, device)
         self.errors = torch.zeros(cfg.steps, len(TOLERANCES), 4)  # count, max, sum, relative
-        if cfg.record and rank == 0:
+        if cfg.record:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.json").write_text(json.dumps(facts, indent=1))
+            if rank == 0:
+                (self.folder / "config.json").write_text(json.dumps(facts, indent=1))
         if cfg.replay:
             last, other = self.path(cfg.steps - 1, rank), self.path(0, world)
             if not last.is_file() or other.is_file():
@@ -545,7 +546,8 @@ class Tape:
         for step, i, rank in off.permute(1, 2, 0).nonzero()[:1]:  # in the order of the run
             lines.append(f"first OFF: step {step + 1}, rank {rank}, stage {stages[i]}; what comes "
                          "after it is noise")
-        return "\n".join([*lines, f"replay {'OFF' if off.any() else 'OK'}"])
+        word = "OFF" if off.any() else "OK" if errors[..., 0].any() else "without results to compare"
+        return "\n".join([*lines, f"replay {word}"])
 
 
 TAPE = Tape()

@@ -34,7 +34,7 @@ import torchvision.transforms.functional as TF
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.transformers import transformer_flux
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -517,22 +517,32 @@ def test_run(tiny, tmp_path):
         grpo_flux.main(["--out", str(tmp_path / "run")])
 
 
-def test_processes_and_batches_do_not_matter(tiny, tmp_path):
+THREE = "--steps 3 --sampling_steps 3 --eval_images 3 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny, tmp_path_factory):
+    """The folder of a run of two processes, and of its record A."""
+    folder = tmp_path_factory.mktemp("two")
+    done = shell(*torchrun(2), "grpo_flux.py", *THREE, "--num_prompts", "1", "--out", "run",
+                 "--record", "A", "--deterministic", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_processes_and_batches_do_not_matter(two_ranks, tmp_path):
     """Gradients summed and not averaged, prompts or draws by rank, weights that part."""
-    def run(name, ranks=1, micro_batch=12):
-        flags = (f"--out {tmp_path / name} --num_prompts {2 // ranks} --micro_batch {micro_batch} "
-                 f"--gradient_accumulation_steps {24 // ranks} --steps 3 --sampling_steps 4 "
-                 "--device cpu --eval_images 3").split()
-        if ranks == 1:
-            grpo_flux.main(flags)
-        else:
-            done = shell(*torchrun(ranks), "grpo_flux.py", *flags, cwd=tmp_path)
-            assert done.returncode == 0, done.stderr
-        lines, model = results(tmp_path / name)
+    def run(micro_batch):
+        grpo_flux.main([*THREE, "--num_prompts", "2", "--gradient_accumulation_steps", "24",
+                        "--micro_batch", micro_batch, "--out", str(tmp_path / micro_batch)])
+        return tmp_path / micro_batch
+
+    def read(folder):
+        lines, model = results(folder)
         return lines, torch.cat([p.detach().flatten() for p in model.parameters()])
 
-    expected, weights = run("one")
-    for lines, others in (run("two", ranks=2), run("four", micro_batch=4), run("1", micro_batch=1)):
+    expected, weights = read(two_ranks / "run")
+    for lines, others in (read(run(micro_batch)) for micro_batch in ("12", "4", "1")):
         for a, b in zip(expected, lines, strict=True):
             assert b["reward"] == pytest.approx(a["reward"], abs=1e-5)
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-4, abs=1e-6)
@@ -648,18 +658,17 @@ def record(tiny, tmp_path_factory):
     torch.use_deterministic_algorithms(False)
 
 
-def test_replay_on_two_processes(tiny, tmp_path):
+def test_replay_on_two_processes(two_ranks):
     """Draws or results of one rank taken for another's; a run that is not deterministic."""
-    flags = [*torchrun(2), "grpo_flux.py", "--device", "cpu", "--deterministic"]
-    for more in ([*SHORT, "--steps", "3", "--record", "A"], ["--replay", "A"]):
-        done = shell(*flags, *more, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+    done = shell(*torchrun(2), "grpo_flux.py", "--device", "cpu", "--deterministic",
+                 "--replay", "A", cwd=two_ranks)
+    assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if line.endswith(" OK")][:-1]
     assert [row[0] for row in rows] == list(grpo_flux.TOLERANCES)
     assert all(float(number) == 0 for row in rows for number in row[2:6])
-    assert done.stdout.endswith("replay OK\n") and len(list((tmp_path / "A").iterdir())) == 7
-    counts = {row[0]: int(row[1]) for row in rows}  # 3 steps, 2 ranks, 12 samples, 4 steps of SDE
-    assert counts["velocity"] == 3 * 2 * 12 * 4 * 256 and counts["grad_norm"] == 6
+    assert done.stdout.endswith("replay OK\n") and len(list((two_ranks / "A").iterdir())) == 7
+    counts = {row[0]: int(row[1]) for row in rows}  # 3 steps, 2 ranks, 12 samples, T = 3
+    assert counts["velocity"] == 3 * 2 * 12 * 3 * 256 and counts["grad_norm"] == 6
 
 
 def test_replay_takes_all_draws_from_the_tape(record, tmp_path):
@@ -681,6 +690,20 @@ def test_names_on_the_tape(record):
     sigmas = grpo_flux.sigma_schedule(4, 3.0)
     after = flux_step(first["velocity.1"][5:6], states[5:6, 1], *sigmas[1:3], 0.7, noise=noise)[0]
     assert torch.allclose(after, states[5:6, 2], atol=1e-5)
+
+
+def test_replay_of_draws_alone(record, tmp_path):
+    """A tape of another code's draws that asks for our results or settings."""
+    for file in record.glob("*.safetensors"):
+        draws = {name: x for name, x in load_file(file).items() if "." not in name}
+        save_file(draws, tmp_path / file.name)
+    facts = dict(steps=2, num_prompts=1, sampling_steps=4, eval_images=3)
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    flags = "--prompts", str(record.parent / "prompt.txt"), "--seed", "9"
+    status, rows, end, lines = replay(tmp_path, tmp_path / "run", *flags)
+    assert (status, end) == (0, ["replay without results to compare"])
+    recorded = results(record.parent / "run")[0]
+    assert [line["reward"] for line in lines] == [line["reward"] for line in recorded]
 
 
 def test_replay_finds_a_changed_weight(record, tmp_path, monkeypatch):
