@@ -960,14 +960,14 @@ def score(rewards, images, prompts):
 
 
 def main(argv=None):
-    asked = read_command_line(argv)
-    if asked.compare:
-        sys.exit(0 if compare_runs(*asked.compare) else 3)
-    prompts, title = check_files(asked), Path(asked.model).name
-    if asked.deterministic:
-        reward.make_deterministic(asked.seed)
-    device, rank, world = start(asked.device)
-    cfg, rewards = prepare(asked, device)
+    cfg = asked = read_command_line(argv)
+    if cfg.compare:
+        sys.exit(0 if compare_runs(*cfg.compare) else 3)
+    prompts, title = check_files(cfg), Path(cfg.model).name
+    if cfg.deterministic:
+        reward.make_deterministic(cfg.seed)
+    device, rank, world = start(cfg.device)
+    cfg, rewards = prepare(cfg, device)
     TAPE.start(replace(asked, dtype=cfg.dtype), device, rank, world)
     G, shown = cfg.num_generations, prompts[:cfg.eval_images]
     plan = plan_prompts(prompts, cfg, rank, world)
