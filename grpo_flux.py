@@ -35,13 +35,16 @@ import json
 import math
 import os
 import re
+import shutil
+import signal
 import sys
 import tempfile
 import time
 import warnings
 from collections import namedtuple
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -49,6 +52,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -69,6 +73,13 @@ class Config:
     dtype: str = "auto"  # of the model's arithmetic {auto fp32 bf16}; auto: bf16, on a cpu fp32
     seed: int = 0  # part of the name of every random draw [0, 4294967295]
     steps: int = 300  # GRPO steps: a rollout, its rewards, its updates [1, 1e9]
+    # policy
+    lora_rank: int = 0  # train adapters of this rank; 0: train all weights [0, 1024]
+    lora_alpha: float = 128.0  # adapters are scaled by lora_alpha / lora_rank [1e-3, 1e5]
+    kl_beta: float = 0.0  # weight of the KL divergence from the model at the start [0, 1e6]
+    ema_decay: float = 0.0  # of averaged weights, for pictures and export; 0: none [0, 0.99999]
+    compile: bool = False  # compile the blocks: minutes at the start, then faster
+    attention: str = "native"  # diffusers' name of an attention backend
     # reward
     reward: str = "hps"  # hps, clip or package.module:function; several: hps:0.7,clip:0.3
     hps: str = ""  # file HPS_v2.1_compressed.pt
@@ -82,6 +93,8 @@ class Config:
     height: int = 720  # pixels, a multiple of 16 [16, 8192]
     width: int = 720  # pixels, a multiple of 16 [16, 8192]
     sampling_steps: int = 16  # T; the last step is deterministic and never trained [2, 1000]
+    sde_window: int = 0  # only so many steps in a row are random and trained; 0: all T-1 [0, 999]
+    window_shift_every: int = 0  # steps until the window moves on; 0: drawn for each step [0, 1e9]
     sde: str = "dance"  # how the noise of a step is scaled {dance flow cps}
     eta: float = 0.3  # noise level: more explores more, and blurs more [1e-6, 10]
     shift: float = 3.0  # 3 for FLUX; above 1 spends more steps at high noise [1e-3, 1e3]
@@ -98,6 +111,10 @@ class Config:
     clip_range: float = 1e-4  # of the ratio; so small as log-densities are means [1e-9, 1]
     adv_clip_max: float = 5.0  # advantages are cut to +- this [1e-3, 1e3]
     gradient_checkpointing: bool = True  # compute activations again in the backward pass
+    # checkpoints
+    save_every: int = 20  # steps between two; the last step is always saved [1, 1e9]
+    keep_last: int = 2  # how many stay [1, 1e9]
+    resume: str = "auto"  # auto: from the last checkpoint in --out; none; or a checkpoint's folder
     # pictures
     eval_every: int = 20  # steps between two image grids [1, 1e9]
     eval_images: int = 16  # ODE samples from held-out noise, scored for every grid [1, 1e5]
@@ -123,6 +140,9 @@ class Config:
         if size % self.micro_batch or samples % size:
             raise BadInput(f"--gradient_accumulation_steps {size}: must be a multiple of "
                            f"micro_batch {self.micro_batch} and divide the step's {samples}")
+        if self.sde_window >= self.sampling_steps:
+            raise BadInput(f"--sde_window {self.sde_window}: must be below sampling_steps "
+                           f"{self.sampling_steps}")
         if self.record and self.replay:
             raise BadInput(f"--record {self.record} --replay {self.replay}: must be one of them")
         reward.parse_rewards(self.reward)
@@ -267,14 +287,28 @@ def velocity(transformer, x, sigma, text, ids, guidance, bf16):
     return v[0].float()
 
 
+def random_steps(step, cfg):
+    """The steps of a rollout that are random and trained: all but the last, or a window of them
+    that moves (MixGRPO, Li et al., arXiv 2507.21802)."""
+    last, W = cfg.sampling_steps - 1, cfg.sde_window
+    if not W:
+        return range(last)
+    places = last - W + 1
+    start = randperm(places, cfg.seed, WINDOW, step)[0].item()
+    if cfg.window_shift_every:
+        start = step // cfg.window_shift_every % places
+    return range(start, start + W)
+
+
 @torch.no_grad()
 def rollout(predict, x, text, keys, cfg, eta):
     """Turn noise x (B, L, C) into images, micro_batch at a time, all in fp32: a Trajectory.
 
-    eta > 0: by the SDE; 0: by the ODE, for evaluation. keys: (step, prompt, sample) of each of
-    the B samples, which name its noise.
+    eta > 0: by the SDE, in the random steps of (step, prompt, sample), the keys that also name the
+    noise of each of the B samples; 0: by the ODE, for evaluation.
     """
-    T, n = cfg.sampling_steps, cfg.micro_batch
+    T, n, shared = cfg.sampling_steps, cfg.micro_batch, {}
+    window = random_steps(keys[0][0], cfg) if eta else range(0)
     sigmas = torch.tensor(sigma_schedule(T, cfg.shift), dtype=torch.float32, device=x.device)
     parts = []
     for i in range(0, len(x), n):
@@ -283,10 +317,12 @@ def rollout(predict, x, text, keys, cfg, eta):
         for t in range(T):
             # the shape (B, 1, 1) of the update: with the same shapes come the same bits
             sigma, sigma_next = (sigmas[t + k].expand(len(z), 1, 1) for k in (0, 1))
-            eta_t = eta if t < T - 1 else 0  # the last step's x_next is x0, the image
-            # batches of one group begin alike, and so does their first v
-            v, noise = first if alike and t == 0 else predict(z, sigma, words), None
-            first = v if t == 0 else first
+            eta_t, noise = eta if t in window else 0, None  # never in the last: x0 is shown
+            # batches of one group are alike up to their first noise, and so is v (in all processes
+            # or in none, as FSDP needs: noise differs between prompts)
+            v = shared[t] if alike and t <= window.start else predict(z, sigma, words)
+            if t <= window.start:
+                shared[t] = v
             TAPE.note("velocity", v)
             if eta_t:  # drawn while the device is at work on v
                 noise = [randn(z.shape[1:], cfg.seed, NOISE, *key, t) for key in keys[i:i + n]]
@@ -334,61 +370,78 @@ def plan_batches(advantages, cfg, device):
     return samples.view(-1, n).to(device), signals.view(-1, n).to(device), counts
 
 
-def update(predict, optimizer, trajectory, text, advantages, keys, cfg):
+def update(predict, optimizer, trajectory, text, advantages, keys, cfg, reference=None):
     """One pass over a rollout, an optimizer step for every gradient_accumulation_steps samples.
 
-    advantages (B,) on the CPU. Each sample trains a random share timestep_fraction of its T-1
-    random steps, each its own. Only the first optimizer step is on-policy: its ratio must be 1.
-    Returns the means of the statistics. The host waits for the device once an optimizer step.
+    advantages (B,) on the CPU. Each sample trains a random share timestep_fraction of the random
+    steps, each its own. Only the first optimizer step is on-policy: its ratio must be 1.
+    reference: predict of the model that kl_beta ties the policy to. Returns the means of the
+    statistics. The host waits for the device once an optimizer step.
     """
     sigmas, states, _, logp_old = trajectory
-    device, last = states.device, logp_old.shape[1]
-    K = max(1, int(cfg.timestep_fraction * last + 1e-9))
-    trained = torch.stack([randperm(last, cfg.seed, TRAINED, *key)[:K] for key in keys]).to(device)
+    device, window = states.device, random_steps(keys[0][0], cfg)
+    K = max(1, int(cfg.timestep_fraction * len(window) + 1e-9))
+    orders = [randperm(len(window), cfg.seed, TRAINED, *key)[:K] for key in keys]
+    trained = torch.stack(orders).to(device) + window.start  # (B, K) step numbers
     samples, signals, counts = plan_batches(advantages, cfg, device)
     batches, results = zip(samples, signals), []
     for count in filter(None, counts):  # 0: its groups are flat in every process
-        sums, ratio_off = torch.zeros(3, device=device), torch.zeros((), device=device)
+        sums, ratio_off = torch.zeros(4, device=device), torch.zeros((), device=device)
         for _, (i, A) in zip(range(count), batches):
             words = [c[i] for c in text]
-            for t in trained[i].T:  # (micro_batch,) step numbers
+            for t in trained[i].T:  # (micro_batch,)
                 sigma, sigma_next = (sigmas[t + k].view(-1, 1, 1) for k in (0, 1))
                 x, x_next = states[i, t], states[i, t + 1]
                 v = TAPE.note("velocity_in_update", predict(x, sigma, words))
                 _, _, logp = flux_step(v, x, sigma, sigma_next, cfg.eta, cfg.sde, x_next=x_next)
                 loss, stats = grpo_loss(logp, logp_old[i, t], A, cfg.clip_range, cfg.adv_clip_max)
+                kl = torch.zeros((), device=device)
+                if reference:
+                    kl = gaussian_kl(v, reference(x, sigma, words), x, sigma, sigma_next, cfg)
+                    loss = loss + cfg.kl_beta * kl
                 loss = loss * len(i) / (cfg.gradient_accumulation_steps * K)
                 loss.backward()
-                mean = torch.stack([stats["ratio"], stats["clipped"]]) / (count * K)
+                mean = torch.stack([stats["ratio"], stats["clipped"], kl.detach()]) / (count * K)
                 sums += torch.cat([loss.detach()[None], mean])
                 ratio_off = torch.maximum(ratio_off, stats["ratio_off"])
         results.append(descend(optimizer, sums, ratio_off, cfg, first=not results))
-    zipped = list(zip(*results)) or [[0.0], [1.0], [0.0], [0.0], [0.0]]
-    means = [sum(c) / len(c) for c in zipped]
-    names = ("loss", "ratio", "clipped", "grad_norm")
-    return {"updates": len(results)} | dict(zip(names, means)) | {"ratio_off": max(zipped[-1])}
+    sound = [result for result in results if math.isfinite(result[-2])]  # the norm
+    columns = list(zip(*sound)) or [[0.0], [1.0], [0.0], [0.0], [0.0], [0.0]]
+    means = [sum(c) / len(c) for c in columns]
+    names = ("loss", "ratio", "clipped", "kl", "grad_norm")
+    counts = {"updates": len(sound), "skipped": len(results) - len(sound)}
+    return counts | dict(zip(names, means)) | {"ratio_off": max(columns[-1])}
+
+
+def gaussian_kl(v, v_reference, x, sigma, sigma_next, cfg):
+    """KL divergence of two steps from x, a mean over L and C as logp is. Both have one std, so it
+    is (mean - mean_reference)² / (2 std²), whichever is taken from which."""
+    step = partial(flux_step, x=x, sigma=sigma, sigma_next=sigma_next, eta=cfg.eta, sde=cfg.sde)
+    mean, _, top = step(v_reference, noise=torch.zeros_like(x))  # the density at its own mean
+    return (top - step(v, x_next=mean)[2]).mean()
+
+
 
 
 def descend(optimizer, sums, ratio_off, cfg, first):
-    """The optimizer step, if its numbers are sound; returns loss, ratio, clipped share, gradient
-    norm and the largest |ratio - 1| as floats: the one place where the host waits."""
+    """The optimizer step, unless a gradient is not finite; returns loss, ratio, clipped share, KL,
+    norm of the gradient, largest |ratio - 1| as floats: the one place where the host waits."""
     norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.max_grad_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded by FSDP
     *values, off = torch.stack([*sums, norm, ratio_off]).tolist()
-    if not all(map(math.isfinite, values)):
-        raise FloatingPointError(f"loss {values[0]} or gradient norm {values[3]} is not finite")
     if first and off > 1e-5:
         raise RuntimeError(
             f"the first ratio is off by {off:.1e} though the policy is still that of the rollout: "
             "rollout and update compute different velocities (dtype, batch size, kernels)")
-    optimizer.step()
+    if math.isfinite(values[-1]):  # one norm for all processes: they all step, or none does
+        optimizer.step()
     optimizer.zero_grad()
     return *values, off
 
 
 # ------------------------------------------------------------------------------------------- draws
 
-LATENTS, NOISE, TRAINED, PROMPTS, HELD_OUT = range(5)  # the purpose in the name of a draw
+LATENTS, NOISE, TRAINED, PROMPTS, HELD_OUT, WINDOW = range(6)  # the purpose in the name of a draw
 
 
 def randn(shape, *key):
@@ -456,10 +509,10 @@ class Tape:
     def __init__(self):
         self.file, self.now, self.then = None, {}, {}
 
-    def start(self, cfg, device, rank, world):
+    def start(self, cfg, facts, device, rank, world):
         self.__init__()
         self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
-        self.folder, facts = Path(cfg.record or cfg.replay), describe_run(cfg, device)
+        self.folder = Path(cfg.record or cfg.replay)
         self.errors = torch.zeros(cfg.steps, len(TOLERANCES), 4)  # count, max, sum, relative
         if cfg.record:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -546,7 +599,7 @@ class Tape:
         for step, i, rank in off.permute(1, 2, 0).nonzero()[:1]:  # in the order of the run
             lines.append(f"first OFF: step {step + 1}, rank {rank}, stage {stages[i]}; what comes "
                          "after it is noise")
-        word = "OFF" if off.any() else "OK" if errors[..., 0].any() else "without results to compare"
+        word = "OFF" if off.any() else "OK" if errors.any() else "without results to compare"
         return "\n".join([*lines, f"replay {word}"])
 
 
@@ -595,7 +648,7 @@ def check_files(cfg):
         path = getattr(cfg, name, None)  # None: a function of the user's
         if path is not None and (path or not tiny) and not os.path.isfile(path):
             raise BadInput(f"--{name} {path or '(not given)'}: must be the file with its weights")
-    if cfg.out and (Path(cfg.out) / "metrics.jsonl").exists():
+    if cfg.resume == "none" and cfg.out and (Path(cfg.out) / "metrics.jsonl").exists():
         raise BadInput(f"--out {cfg.out}: holds a run already; must be a folder of its own")
     if cfg.record and (Path(cfg.record) / "config.json").exists():
         raise BadInput(f"--record {cfg.record}: holds a record already; must be a new folder")
@@ -604,17 +657,24 @@ def check_files(cfg):
     return reward.read_prompts(cfg.prompts) if cfg.prompts else reward.TINY_PROMPTS
 
 
+def cache_folder(cfg):
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(cfg.cache) if cfg.cache else home / "grpo_flux"
+
+
 def prepare(cfg, device):
     """cfg with every path filled in, and the rewards as {name: (weight, function)}."""
     if cfg.dtype == "auto":
         cfg = replace(cfg, dtype="bf16" if reward.is_accelerator(device) else "fp32")
     if cfg.model == "tiny":
-        folder = tiny_models(cfg.cache)
+        folder = tiny_models(cfg)
         cfg = replace(cfg, model=str(folder / "flux"))
         for name in ("hps", "clip"):
             if not getattr(cfg, name):
                 cfg = replace(cfg, **{name: str(folder / "hps" / f"{name}.pt"),
                                       f"{name}_arch": str(folder / "hps" / "tiny-clip.json")})
+    if not read_config(cfg)["guidance_embeds"]:  # FLUX.1-schnell knows no longer texts
+        cfg = replace(cfg, text_length=min(cfg.text_length, 256))
     rewards = {}
     for name, weight in reward.parse_rewards(cfg.reward).items():
         source = getattr(cfg, name, ""), getattr(cfg, f"{name}_arch", "")
@@ -624,75 +684,301 @@ def prepare(cfg, device):
 
 @torch.no_grad()
 def encode_prompts(cfg, prompts, device):
-    """{prompt: (T5 tokens (S, D), CLIP vector (D'))} on the CPU; the encoders are freed again."""
+    """{prompt: file with T5's tokens (S, D) and CLIP's vector (D')}. A prompt is encoded once and
+    kept in the cache; the encoders are freed again."""
     from diffusers import FluxPipeline
 
-    encoded, rest = {}, dict(transformer=None, vae=None, dtype=DTYPES[cfg.dtype])
-    pipe = FluxPipeline.from_pretrained(cfg.model, **rest).to(device)
-    for i in range(0, len(prompts), 16):
-        part = prompts[i:i + 16]
+    index = Path(cfg.model) / "model_index.json"
+    about = cfg.model, index.exists() and index.stat().st_mtime, cfg.text_length, cfg.dtype
+    names = (hashlib.sha256(f"{about} {prompt}".encode()).hexdigest()[:32] for prompt in prompts)
+    folder = cache_folder(cfg) / "text"
+    files = {prompt: folder / f"{name}.safetensors" for prompt, name in zip(prompts, names)}
+    missing, rest = [p for p in prompts if not files[p].exists()], dict(transformer=None, vae=None)
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        pipe = FluxPipeline.from_pretrained(cfg.model, **rest, dtype=DTYPES[cfg.dtype]).to(device)
+        lengths = map(len, pipe.tokenizer_2(missing, truncation=False).input_ids)
+        if long := sum(length > cfg.text_length for length in lengths):
+            print(f"{long} of {len(missing)} new prompts have more than {cfg.text_length} tokens "
+                  "and are cut")
+    for i in range(0, len(missing), 16):
+        part = missing[i:i + 16]
         tokens, pooled, _ = pipe.encode_prompt(part, None, max_sequence_length=cfg.text_length)
-        encoded |= zip(part, zip(tokens.cpu(), pooled.cpu()))
-    return encoded
+        for prompt, *text in zip(part, tokens.cpu(), pooled.cpu()):
+            work = folder / f"{os.getpid()}.tmp"  # nobody ever sees half a file
+            save_file(dict(zip(("tokens", "pooled"), map(torch.clone, text))), work)
+            os.replace(work, files[prompt])
+    return files
 
 
 def batch_text(encoded, prompts, device):  # tokens (B, S, D), vectors (B, D')
-    return tuple(torch.stack(c).to(device) for c in zip(*(encoded[p] for p in prompts)))
+    texts = {prompt: load_file(encoded[prompt]) for prompt in dict.fromkeys(prompts)}
+    return tuple(torch.stack([texts[prompt][name] for prompt in prompts]).to(device)
+                 for name in ("tokens", "pooled"))
 
 
-def load_models(cfg, device):
-    """The VAE, and the transformer in fp32; with several processes, sharded by FSDP2: each keeps a
-    share of the weights, gathers a block to compute it, and gets the mean of all gradients."""
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+# the linear layers that get adapters: those of attention and feed-forward in every block
+ADAPTED = (r".*blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+           r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)")
+
+
+def read_config(cfg):
+    """What the transformer's config.json says, before anything is loaded."""
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel.load_config(cfg.model, subfolder="transformer")
+
+
+def load_vae(cfg, device):
+    from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(cfg.model, subfolder="vae", dtype=DTYPES[cfg.dtype])
-    vae, kind = vae.to(device).requires_grad_(False), FluxTransformer2DModel
-    if not dist.is_initialized() or dist.get_rank() == 0:  # one process reads the weights
-        whole = kind.from_pretrained(cfg.model, subfolder="transformer", dtype=torch.float32)
+    return vae.to(device).requires_grad_(False)
+
+
+def load_transformer(cfg, device):
+    """The policy: all weights in fp32, or with LoRA frozen ones in cfg.dtype and adapters in fp32.
+
+    With several processes it is sharded by FSDP2: each keeps a share of the weights, gathers a
+    block to compute it, and gets the mean of all gradients. One process reads the weights.
+    """
+    from diffusers import FluxTransformer2DModel
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    dtype, kind = DTYPES[cfg.dtype] if cfg.lora_rank else torch.float32, FluxTransformer2DModel
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        whole = kind.from_pretrained(cfg.model, subfolder="transformer", dtype=dtype)
+        whole = prepare_policy(whole, cfg)
     if not dist.is_initialized():
-        return vae, whole.to(device)
+        return whole.to(device)
     with torch.device("meta"):
-        transformer = kind.from_config(kind.load_config(cfg.model, subfolder="transformer"))
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy(
-        param_dtype=DTYPES[cfg.dtype], reduce_dtype=torch.float32, cast_forward_inputs=False)
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # read only here
-    for part in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
-        fully_shard(part, mesh=mesh, mp_policy=precision)
-    fully_shard(transformer, mesh=mesh, mp_policy=precision)
+        transformer = prepare_policy(kind.from_config(read_config(cfg)).to(dtype), cfg)
+    shard(transformer, device, DTYPES[cfg.dtype])
     transformer.to_empty(device=device)
     weights = whole.state_dict() if dist.get_rank() == 0 else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(transformer, weights, options=options)
-    return vae, transformer
+    return transformer
 
 
-def export(transformer, folder):
-    """Write the trained transformer as FluxTransformer2DModel.from_pretrained(folder) reads it."""
-    from diffusers import FluxTransformer2DModel
+def prepare_policy(transformer, cfg):
+    """Switch on what the flags ask for; it changes no number of the model."""
+    if cfg.lora_rank:
+        from peft import LoraConfig
+
+        transformer.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.seed)
+            transformer.add_adapter(LoraConfig(
+                r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=ADAPTED))
+        for p in trained_parameters(transformer).values():
+            p.data = p.data.float()
+    if cfg.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if cfg.attention != "native":
+        transformer.set_attention_backend(cfg.attention)
+    if cfg.compile:
+        transformer.compile_repeated_blocks()
+    return transformer
+
+
+def trained_parameters(transformer):
+    return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+
+
+def shard(transformer, device, dtype):
+    """FSDP2 over all processes; on several machines each holds all shards, and averages gradients
+    with the others."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    sizes = (world // local, local) if local and world > local else (world,)
+    names = ("replicate", "shard")[-len(sizes):]
+    mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=names)
+    precision = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # read only here
+    for part in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
+        fully_shard(part, mesh=mesh, mp_policy=precision)
+    fully_shard(transformer, mesh=mesh, mp_policy=precision)
+
+
+def hold_weights(transformer, hold):
+    """FSDP: keep gathered weights, so that a rollout gathers each block once and not at every step;
+    or let them go, as an update must."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(transformer, FSDPModule):
+        transformer.set_reshard_after_forward(not hold)
+        for part in transformer.modules():
+            if isinstance(part, FSDPModule) and not hold:
+                part.reshard()
+
+
+# predict, and reference with the weights of the start if kl_beta asks for it; average {name: moving
+# average of a trained parameter} if ema_decay does
+Policy = namedtuple("Policy", "transformer predict reference optimizer average")
+
+
+def make_policy(cfg, grid, device):
+    """The policy at its start, and all that belongs to it; grid: (h, w) of its latents."""
+    from diffusers.utils import scale_lora_layers, unscale_lora_layers
+
+    transformer = load_transformer(cfg, device)
+    inputs = dict(ids=image_ids(*grid).to(device), guidance=cfg.guidance, bf16=cfg.dtype == "bf16")
+    predict, parameters = partial(velocity, transformer, **inputs), trained_parameters(transformer)
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
+        fused=None if reward.is_accelerator(device) else True)  # there torch's choice is good
+    average = {name: p.detach().clone() for name, p in parameters.items() if cfg.ema_decay}
+    frozen = None if cfg.lora_rank or not cfg.kl_beta else partial(
+        velocity, load_transformer(cfg, device).requires_grad_(False), **inputs)
+
+    @torch.no_grad()
+    def reference(*batch):
+        if frozen:
+            return frozen(*batch)
+        scale_lora_layers(transformer, 0.0)
+        v = predict(*batch)
+        unscale_lora_layers(transformer, 0.0)  # to what they were
+        return v
+
+    return Policy(transformer, predict, reference if cfg.kl_beta else None, optimizer, average)
+
+
+def local_parts(tensors):  # what this process holds of them
+    return [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
+
+
+def follow(policy, decay):
+    """Move the average towards the weights: mean += (1 - decay) (weight - mean)."""
+    weights = local_parts(p.detach() for p in trained_parameters(policy.transformer).values())
+    torch._foreach_lerp_(local_parts(policy.average.values()), weights, 1 - decay)
+
+
+@contextmanager
+def averaged(policy):
+    """The moving average, if there is one, in the place of the trained weights for a while."""
+    def swap():
+        hold_weights(policy.transformer, False)
+        for p, mean in zip(parts, local_parts(policy.average.values())):
+            kept = p.clone()
+            p.copy_(mean)
+            mean.copy_(kept)
+
+    parts = local_parts(p.detach() for p in trained_parameters(policy.transformer).values())
+    if policy.average:
+        swap()
+    yield
+    if policy.average:
+        swap()
+
+
+def export(transformer, cfg, folder):
+    """Write what diffusers reads: a LoRA for FluxPipeline.load_lora_weights, or the transformer for
+    FluxTransformer2DModel.from_pretrained."""
+    from diffusers import FluxPipeline, FluxTransformer2DModel
     from huggingface_hub import save_torch_state_dict
+    from peft.utils import get_peft_model_state_dict
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    if weights := get_model_state_dict(transformer, options=options):  # on rank 0
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True,
+                               ignore_frozen_params=bool(cfg.lora_rank))
+    weights = get_model_state_dict(transformer, options=options)
+    if not weights:  # not on rank 0
+        return
+    if cfg.lora_rank:
+        about = transformer.peft_config["default"].to_dict()  # alpha, which is in no weight
+        FluxPipeline.save_lora_weights(
+            folder, get_peft_model_state_dict(transformer, weights),
+            transformer_lora_adapter_metadata=about)
+    else:
         with torch.device("meta"):  # FSDP has renamed the class of the trained one
-            FluxTransformer2DModel.from_config(transformer.config).save_config(folder)
-        pattern = "diffusion_pytorch_model{suffix}.safetensors"
-        save_torch_state_dict(weights, folder, filename_pattern=pattern, max_shard_size="10GB")
+            config = FluxTransformer2DModel.from_config(transformer.config)
+        config.save_config(folder / "transformer")
+        save_torch_state_dict(
+            weights, folder / "transformer", max_shard_size="10GB",
+            filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+def training_state(policy):
+    """What a run needs to go on as if it had not stopped, on the CPU; of each weight a shard."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    options = StateDictOptions(ignore_frozen_params=True, cpu_offload=True)
+    weights, moments = get_state_dict(policy.transformer, policy.optimizer, options=options)
+    average = {name: mean.cpu() for name, mean in policy.average.items()}
+    return dict(weights=weights, moments=moments, average=average)
+
+
+@cache
+def host_group():
+    """Processes that agree about files by way of their CPUs: not all that takes can hccl."""
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+
+def save_checkpoint(folder, policy, keep_last, rank):
+    """Written under another name until all of it is there; older ones are removed."""
+    import torch.distributed.checkpoint as dcp
+
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # on one process: so be it
+    work = folder.parent / "saving"
+    dcp.save(training_state(policy), checkpoint_id=work, process_group=host_group(),
+             no_dist=not dist.is_initialized())
+    if rank == 0 and not folder.exists():
+        os.rename(work, folder)
+        for old in sorted(folder.parent.glob("step_*"))[:-keep_last]:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(folder, policy):
+    """Put a checkpoint into place, whatever number of processes wrote it; returns its step."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")
+    state = training_state(policy)
+    dcp.load(state, checkpoint_id=folder, process_group=host_group(),
+             no_dist=not dist.is_initialized())
+    set_state_dict(policy.transformer, policy.optimizer, model_state_dict=state["weights"],
+                   optim_state_dict=state["moments"], options=StateDictOptions(strict=False))
+    for name, mean in policy.average.items():
+        mean.copy_(state["average"][name])
+    return int(folder.name.removeprefix("step_"))
+
+
+def find_checkpoint(cfg):
+    """The folder to go on from, if there is one; its run must have had the same kind of policy."""
+    there = sorted(Path(cfg.out, "checkpoints").glob("step_*")) if cfg.out else []
+    if cfg.resume == "none" or cfg.resume == "auto" and not there:
+        return None
+    folder = there[-1] if cfg.resume == "auto" else Path(cfg.resume)
+    try:
+        (folder / ".metadata").stat()
+        then = json.loads((folder.parent.parent / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--resume {cfg.resume}: must be auto, none, or a folder such as "
+                       f"RUN/checkpoints/step_00020 ({error})") from None
+    for name in ("model", "lora_rank", "lora_alpha", "seed"):
+        if then.get(name) != getattr(cfg, name):
+            raise BadInput(f"--{name} {getattr(cfg, name)}: must be {then.get(name)}, as in the "
+                           f"run of {folder}")
+    if cfg.ema_decay and not then.get("ema_decay"):
+        raise BadInput(f"--ema_decay {cfg.ema_decay}: must be 0, as {folder} holds no average")
+    return folder
 
 
 # --------------------------------------------------------------------------------------- tiny FLUX
 
-def tiny_models(cache):
+def tiny_models(cfg):
     """The folder of the tiny models. The first run builds them, under another name until all is
     there; the name changes with the code that builds."""
     recipe = (build_tiny, build_tiny_vae, build_tiny_text, build_tiny_flux, reward.build_tiny_hps,
               reward.draw, reward.fit)
     text = "".join(map(inspect.getsource, recipe)) + str((reward.COLORS, reward.TINY_CLIP))
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo_flux"
-    folder = Path(cache or home) / f"tiny-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    folder = cache_folder(cfg) / f"tiny-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     if not folder.exists() and int(os.environ.get("RANK", 0)) == 0:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="building-", dir=folder.parent) as work:
@@ -816,27 +1102,45 @@ def evaluate(predict, vae, rewards, encoded, prompts, shape, cfg, device, rank, 
     return Evaluation(images, names, total, right.float().mean().item())
 
 
-def headline(evaluation):
-    right = f", prompt accuracy {evaluation.accuracy:.1%}" if evaluation.accuracy >= 0 else ""
-    return f"held-out reward {evaluation.rewards.mean():.3f}{right}"
+def headline(held_out, accuracy=-1.0, **_):
+    right = f", prompt accuracy {accuracy:.1%}" if accuracy >= 0 else ""
+    return f"held-out reward {held_out:.3f}{right}"
 
 
-def draw_grids(path, grids, most=24):
-    """One picture of one or more evaluations side by side; prompt and reward under each image."""
+def show(out, step, seen, history, cfg, board):
+    """The image grid of an evaluation, and the curves so far."""
+    path = out / "images" / f"step_{step:05d}.png"
+    draw_grid(path, step, seen)
+    if board:
+        board.add_image("images", np.asarray(Image.open(path)), step, dataformats="HWC")
+    held_out = [(line["step"] - 1, line["held_out"]) for line in history
+                if (line["step"] - 1) % cfg.eval_every == 0]
+    draw_curves(out / "reward.png", {
+        "rollouts (SDE)": [(line["step"], line["reward"]) for line in history],
+        "held-out noise (ODE)": [*held_out, (step, seen.rewards.mean().item())]})
+
+
+def draw_grid(path, step, e, most=24):
+    """The images of an evaluation, prompt and reward under each."""
     from matplotlib.figure import Figure
 
-    count = min(most, *(len(e.images) for e in grids.values()))
+    count = min(most, len(e.images))
     columns, rows = min(count, 6), math.ceil(count / 6)
-    figure = Figure((1.35 * columns * len(grids), 1.75 * rows + 0.5), layout="constrained", dpi=100)
-    for part, (title, e) in zip(figure.subfigures(1, len(grids), squeeze=False)[0], grids.items()):
-        part.suptitle(f"{title}: {headline(e)}", parse_math=False)
-        for i, axes in enumerate(part.subplots(rows, columns, squeeze=False).flat):
-            axes.axis("off")
-            if i < count:
-                axes.imshow(e.images[i].permute(1, 2, 0).numpy())
-                text = f"{e.prompts[i][:20]}\n{e.rewards[i]:.3f}"
-                axes.set_title(text, y=-0.38, fontsize=8, parse_math=False)
+    figure = Figure((1.35 * columns, 1.75 * rows + 0.5), layout="constrained", dpi=100)
+    text = headline(e.rewards.mean(), e.accuracy)
+    figure.suptitle(f"step {step}: {text}", parse_math=False)
+    for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        axes.axis("off")
+        if i < count:
+            axes.imshow(e.images[i].permute(1, 2, 0).numpy())
+            text = f"{e.prompts[i][:20]}\n{e.rewards[i]:.3f}"
+            axes.set_title(text, y=-0.38, fontsize=8, parse_math=False)
     figure.savefig(path)
+
+
+def side_by_side(path, pictures):
+    parts = [np.asarray(Image.open(picture).convert("RGB")) for picture in pictures]
+    Image.fromarray(np.concatenate(parts, axis=1)).save(path)
 
 
 def draw_curves(path, curves, grids=()):
@@ -863,13 +1167,69 @@ def describe_run(cfg, device):
     return asdict(cfg) | {"machine": reward.describe(device), "versions": versions}
 
 
-def open_run(cfg, device, name):
-    """--out, or the first free one of runs/NAME, runs/NAME-2, ...; config.json is in it."""
-    names = (Path("runs") / (name + end) for end in ("", *(f"-{i}" for i in range(2, 10_000))))
+def choose_folder(cfg):
+    """--out, or the first free one of runs/MODEL, runs/MODEL-2, ...; the same in all processes."""
+    ends, model = ("", *(f"-{i}" for i in range(2, 10_000))), Path(cfg.model).name
+    names = (Path("runs") / (model + end) for end in ends)
     out = Path(cfg.out) if cfg.out else next(path for path in names if not path.exists())
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(describe_run(cfg, device), indent=1))
+    if dist.is_initialized():
+        dist.barrier()  # nobody makes it before everybody has looked
     return out
+
+
+def open_run(out, facts, checkpoint, last):
+    """Make the folder and config.json; returns the lines of metrics.jsonl up to step `last`, of the
+    run that the checkpoint is from."""
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    (out / "checkpoints").mkdir(exist_ok=True)
+    (out / "config.json").write_text(json.dumps(facts, indent=1))
+    for name in ("metrics.jsonl", "images/step_00000.png"):
+        if checkpoint and checkpoint.parent.parent.resolve() != out.resolve():
+            shutil.copy(checkpoint.parent.parent / name, out / name)
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines() if last else []
+    history = [line for line in map(json.loads, lines) if line["step"] <= last]
+    path.write_text("".join(json.dumps(line) + "\n" for line in history))
+    return history
+
+
+def describe_step(cfg, policy, grid, world):
+    """What a step is and costs, as text: counted from shapes, without computing anything."""
+    from diffusers import FluxTransformer2DModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    G, T, L, S = cfg.num_generations, cfg.sampling_steps, grid[0] * grid[1] // 4, cfg.text_length
+    K = max(1, int(cfg.timestep_fraction * len(random_steps(0, cfg)) + 1e-9))
+    config, images = policy.transformer.config, cfg.num_prompts * G  # of a process
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        FluxTransformer2DModel.from_config(config)(
+            torch.empty(1, L, config.in_channels), torch.empty(1, S, config.joint_attention_dim),
+            torch.empty(1, config.pooled_projection_dim), torch.empty(1), torch.empty(L, 3),
+            torch.empty(S, 3), torch.empty(1))
+    call = counter.get_total_flops() / 1e12
+    # backward: to the inputs as much as forward, to the weights again, unless they are frozen
+    trained = 2 + (not cfg.lora_rank) + cfg.gradient_checkpointing + bool(cfg.kl_beta)
+    weights = local_parts(policy.transformer.parameters())
+    moving = local_parts(trained_parameters(policy.transformer).values())
+    copies = 3 + bool(cfg.ema_decay)  # gradients, two moments, the average
+    held = sum(p.nbytes for p in weights) + copies * sum(p.nbytes for p in moving)
+    updates = images // cfg.gradient_accumulation_steps
+    return (
+        f"a step: {world * cfg.num_prompts} prompts x {G} images; {K} of {T} steps trained, "
+        f"{world * images * K} transitions\n"
+        f"updates: {updates}, {1 / updates:.0%} of the transitions on-policy\n"
+        f"an image of {L} tokens with {S} of text: {call:.3g} TFLOP a call of the transformer, "
+        f"{call * (T + K * trained):.3g} in all\n"
+        f"weights, gradients, moments: {held / 2**30:.3g} GiB a process; activations come on top")
+
+
+def open_board(out):
+    """TensorBoard's writer, if it is installed: the same numbers and grids as in the files."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(out / "tensorboard")
 
 
 def summarize(step, rewards, scores, stats, cfg, device):
@@ -959,86 +1319,91 @@ def score(rewards, images, prompts):
     return scores
 
 
+SIGNALS = []  # what asked us to stop
+
+
+def stop_after_step(number, _):
+    SIGNALS.append(number)
+    signal.signal(number, signal.SIG_DFL)  # a second one is not so patient
+
+
 def main(argv=None):
     cfg = asked = read_command_line(argv)
     if cfg.compare:
         sys.exit(0 if compare_runs(*cfg.compare) else 3)
-    prompts, title = check_files(cfg), Path(cfg.model).name
+    prompts, checkpoint = check_files(cfg), find_checkpoint(cfg)
     if cfg.deterministic:
         reward.make_deterministic(cfg.seed)
     device, rank, world = start(cfg.device)
+    out = choose_folder(cfg)
     cfg, rewards = prepare(cfg, device)
-    TAPE.start(replace(asked, dtype=cfg.dtype), device, rank, world)
-    G, shown = cfg.num_generations, prompts[:cfg.eval_images]
-    plan = plan_prompts(prompts, cfg, rank, world)
+    facts = describe_run(replace(asked, dtype=cfg.dtype), device)
+    TAPE.start(cfg, facts, device, rank, world)
+    shown, plan = prompts[:cfg.eval_images], plan_prompts(prompts, cfg, rank, world)
     used = dict.fromkeys([*shown, *(prompt for chosen in plan for _, prompt in chosen)])
     encoded = encode_prompts(cfg, list(used), device)
-    vae, transformer = load_models(cfg, device)
-    if cfg.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(
-        transformer.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
-        fused=None if reward.is_accelerator(device) else True)  # there torch's choice is good
+    vae, channels = load_vae(cfg, device), read_config(cfg)["in_channels"] // 4
     pixels = 2 ** (len(vae.config.block_out_channels) - 1)  # along a side of a latent pixel
-    shape = transformer.config.in_channels // 4, cfg.height // pixels, cfg.width // pixels
-    predict = partial(velocity, transformer, ids=image_ids(*shape[1:]).to(device),
-                      guidance=cfg.guidance, bf16=cfg.dtype == "bf16")
-    out, history, held_out = open_run(cfg, device, title) if rank == 0 else None, [], []
-    bar = tqdm(total=cfg.steps, desc="GRPO", unit="step", disable=rank > 0, dynamic_ncols=True)
-    for step in range(cfg.steps + 1):
-        if step % cfg.eval_every == 0 or step == cfg.steps:
-            after = evaluate(predict, vae, rewards, encoded, shown, shape, cfg, device, rank, world)
-            before = after if step == 0 else before
-            held_out.append((step, after.rewards.mean().item()))
-            if rank == 0:
-                draw_grids(out / "images" / f"step_{step:05d}.png", {f"step {step}": after})
-                rollouts = [(line["step"], line["reward"]) for line in history]
-                draw_curves(out / "reward.png", {"rollouts (SDE)": rollouts,
-                                                 "held-out noise (ODE)": held_out})
-        if step == cfg.steps:
-            break
-        names = [prompt for _, prompt in plan[step] for _ in range(G)]
-        keys = [(step, slot, sample) for slot, _ in plan[step] for sample in range(G)]
-        TAPE.open(step)
-        times = [clock(device)]
-        x, text = draw_latents(keys, shape, cfg).to(device), batch_text(encoded, names, device)
-        TAPE.note("text", *text)
+    shape = channels, cfg.height // pixels, cfg.width // pixels
+    policy = make_policy(cfg, shape[1:], device)
+    first = load_checkpoint(checkpoint, policy) if checkpoint else 0
+    history = open_run(out, facts, checkpoint, first) if rank == 0 else []
+    board = open_board(out) if rank == 0 else None
+    if rank == 0:
+        print(describe_step(cfg, policy, shape[1:], world), flush=True)
+    bar = tqdm(total=cfg.steps, initial=first, desc="GRPO", unit="step", disable=rank > 0,
+               dynamic_ncols=True)
 
-        trajectory = rollout(predict, x, text, keys, cfg, cfg.eta)
-        TAPE.note("latents", trajectory.x, trajectory.x0)
-        TAPE.note("logp", trajectory.logp)
-        images = TAPE.note("images", decode(vae, trajectory.x0, shape[1:], cfg.micro_batch))
-        times.append(clock(device))
-        scores = score(rewards, images, names)
-        TAPE.note("reward", *scores.values())
-        times.append(clock(device))
-        advantages = sum(w * group_advantages(scores[name], G) for name, (w, _) in rewards.items())
-        TAPE.note("advantages", advantages)
-        stats = update(predict, optimizer, trajectory, text, advantages, keys, cfg)
-        TAPE.note("loss", stats["loss"])
-        TAPE.note("grad_norm", stats["grad_norm"])
-        TAPE.close()
-        times.append(clock(device))
+    def look(step):
+        with averaged(policy):
+            hold_weights(policy.transformer, True)
+            seen = evaluate(policy.predict, vae, rewards, encoded, shown, shape, cfg, device, rank,
+                            world)
+        if rank == 0:
+            show(out, step, seen, history, cfg, board)
+        values = dict(held_out=seen.rewards.mean().item(), accuracy=seen.accuracy)
+        return {name: round(value, 6) for name, value in values.items() if value == value}
 
-        line = summarize(step + 1, rewards, scores, stats, cfg, device)
-        line["held_out"] = round(held_out[-1][1], 6)  # of the last evaluation
-        for name, begin, end in zip(("rollout_s", "reward_s", "update_s"), times, times[1:]):
-            line[name] = round(end - begin, 4)
+    bad, past = 0, history[-1] if history else {}
+    held_out = {name: past[name] for name in ("held_out", "accuracy") if name in past}
+    for step in range(first, cfg.steps):
+        if step % cfg.eval_every == 0:
+            held_out = look(step)
+        scores, stats, seconds = train_step(
+            step, plan[step], policy, vae, rewards, encoded, shape, cfg, device)
+        line = summarize(step + 1, rewards, scores, stats, cfg, device) | held_out | seconds
         history.append(line)
         if rank == 0:
             with open(out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
+            for name, value in line.items() if board else ():
+                board.add_scalar(name, value, step + 1)
         bar.set_postfix_str(
             "reward {reward:.3f}+-{spread:.3f} ratio {ratio:.6f} (off {ratio_off:.0e}) clipped "
             "{clipped:.0%} grad {grad_norm:.2f} | {rollout_s:.1f}+{reward_s:.1f}+{update_s:.1f} s"
             .format(**line), refresh=False)
         bar.update()
+        bad = bad + 1 if stats["skipped"] else 0
+        if bad == 3:
+            raise FloatingPointError(
+                f"the gradient was not finite in steps {step - 1} to {step + 1}: the last good "
+                f"checkpoint is in {out}/checkpoints; a lower --learning_rate may help")
+        stopping = gather(torch.tensor([float(len(SIGNALS))], device=device)).sum() > 0
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stopping:
+            folder = out / "checkpoints" / f"step_{step + 1:05d}"
+            save_checkpoint(folder, policy, cfg.keep_last, rank)
+        if stopping:
+            sys.exit(130 if signal.SIGINT in SIGNALS else 0)
     bar.close()
-    export(transformer, out and out / "export" / "transformer")
+    last = look(cfg.steps)
+    with averaged(policy):
+        export(policy.transformer, cfg, out / "export")
     if rank == 0:
-        draw_grids(out / "before_after.png", {"before": before, "after": after})
-        print(f"before: {headline(before)}; after: {headline(after)} ({cfg.eval_images} images)\n"
-              f"look at {out}/before_after.png and {out}/reward.png; for diffusers: {out}/export")
+        side_by_side(out / "before_after.png", [out / "images" / f"step_{step:05d}.png"
+                                                for step in (0, cfg.steps)])
+        print(f"before: {headline(**history[0])}; after: {headline(**last)} ({cfg.eval_images} "
+              f"images)\nlook at {out}/before_after.png and {out}/reward.png; for diffusers: "
+              f"{out}/export")
     verdict = TAPE.verdict() if cfg.replay else ""
     if rank == 0 and verdict:
         print(verdict)
@@ -1048,7 +1413,44 @@ def main(argv=None):
         sys.exit(3)
 
 
+def train_step(step, chosen, policy, vae, rewards, encoded, shape, cfg, device):
+    """One step of GRPO: images of the chosen (slot, prompt), their scores, the update; returns the
+    scores, the update's statistics and the seconds of each part."""
+    G = cfg.num_generations
+    names = [prompt for _, prompt in chosen for _ in range(G)]
+    keys = [(step, slot, sample) for slot, _ in chosen for sample in range(G)]
+    times = [clock(device)]
+    TAPE.open(step)
+    x, text = draw_latents(keys, shape, cfg).to(device), batch_text(encoded, names, device)
+    TAPE.note("text", *text)
+    hold_weights(policy.transformer, True)
+    trajectory = rollout(policy.predict, x, text, keys, cfg, cfg.eta)
+    TAPE.note("latents", trajectory.x, trajectory.x0)
+    TAPE.note("logp", trajectory.logp[:, list(random_steps(step, cfg))])
+    images = TAPE.note("images", decode(vae, trajectory.x0, shape[1:], cfg.micro_batch))
+    times.append(clock(device))
+    scores = score(rewards, images, names)
+    TAPE.note("reward", *scores.values())
+    times.append(clock(device))
+    advantages = sum(w * group_advantages(scores[name], G) for name, (w, _) in rewards.items())
+    TAPE.note("advantages", advantages)
+    hold_weights(policy.transformer, False)
+    stats = update(policy.predict, policy.optimizer, trajectory, text, advantages, keys, cfg,
+                   policy.reference)
+    if policy.average:
+        follow(policy, cfg.ema_decay)
+    TAPE.note("loss", stats["loss"])
+    TAPE.note("grad_norm", stats["grad_norm"])
+    TAPE.close()
+    times.append(clock(device))
+    names = ("rollout_s", "reward_s", "update_s")
+    seconds = {name: round(b - a, 4) for name, a, b in zip(names, times, times[1:])}
+    return scores, stats, seconds
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_after_step)
     try:
         main()
     except BadInput as problem:

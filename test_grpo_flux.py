@@ -12,10 +12,12 @@ import json
 import math
 import os
 import runpy
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import types
 from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -57,17 +59,38 @@ def settings(**changes):
 def load_world(device, **changes):
     cfg, rewards = grpo_flux.prepare(settings(**changes), device)
     encoded = grpo_flux.encode_prompts(cfg, reward.TINY_PROMPTS, device)
-    vae, transformer = grpo_flux.load_models(cfg, device)
+    vae, transformer = grpo_flux.load_vae(cfg, device), grpo_flux.load_transformer(cfg, device)
     ids = grpo_flux.image_ids(*SHAPE[1:]).to(device)
     predict = partial(grpo_flux.velocity, transformer, ids=ids, guidance=3.5, bf16=False)
     return World(cfg, vae, transformer, encoded, predict, rewards["hps"][1])
 
 
+JOBS, STARTED = [], {}  # functions of a folder; {name: the folder, what becomes of it}
+
+
+def job(function):
+    """A fixture with the function's result. It works in processes of its own, beside the tests:
+    all that are needed are started, one after the other, as soon as there are tiny models."""
+    JOBS.append(function)
+
+    @pytest.fixture(scope="session", name=function.__name__)
+    def result(tiny):
+        return STARTED[function.__name__].result()
+
+    return result
+
+
 @pytest.fixture(scope="session")
-def tiny():
+def tiny(request, tmp_path_factory):
     world = load_world(torch.device("cpu"))
     torch.set_num_threads(1)  # two that wait for each other are very slow beside other work
-    return world
+    needed = {name for item in request.session.items for name in item.fixturenames}
+    with ThreadPoolExecutor(1) as pool:
+        for function in JOBS:
+            if (name := function.__name__) in needed:
+                STARTED[name] = pool.submit(function, tmp_path_factory.mktemp(name))
+        yield world
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(autouse=True)
@@ -417,11 +440,20 @@ def test_first_ratio_is_one(tiny, sde, micro_batch):
     def rounded(x, sigma, text):
         return tiny.predict(x, sigma, text).bfloat16().float()
 
-    for predict, signal, error in ((rounded, A, RuntimeError),
-                                   (tiny.predict, A + math.nan, FloatingPointError)):
-        with pytest.raises(error):
-            grpo_flux.update(predict, optimizer, trajectory, text, signal, keys, cfg)
-        optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="first ratio"):
+        grpo_flux.update(rounded, optimizer, trajectory, text, A, keys, cfg)
+    optimizer.zero_grad()
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing():
+    """One nan in a score, and every weight is nan from then on."""
+    W, _, _, update = linear_policy(settings(micro_batch=4, gradient_accumulation_steps=4))
+    optimizer, start = torch.optim.AdamW([W], lr=0.1), W.detach().clone()
+    stats = update(optimizer, torch.tensor([math.nan] + [1.0] * 3 + [0.0] * 8))
+    assert stats["skipped"] == 1 and stats["updates"] == 0 and torch.equal(W, start)
+    stats = update(optimizer, torch.tensor([0.0] * 8 + [-1.0, 1.0] * 2))
+    assert stats["skipped"] == 0 and stats["updates"] == 1 and not torch.equal(W, start)
+    assert all(map(math.isfinite, stats.values())) and W.isfinite().all()
 
 
 def test_trained_steps():
@@ -443,6 +475,57 @@ def test_flat_groups_cost_nothing():
     assert stats["updates"] == 0 and all(map(math.isfinite, stats.values()))
     stats = update(optimizer, torch.cat([flat, torch.tensor([1.0, -1.0, 0.0] * 4)]))
     assert stats["updates"] == 1 and len(calls) == 2 * 7  # 8 samples by 4, 7 random steps
+
+
+@pytest.mark.parametrize("sde", SDES)
+def test_kl_divergence(sde):
+    """One that forgets the std, is a sum, or has no gradient."""
+    cfg = settings(sde=sde, eta=0.6)
+    v, reference, x = torch.randn(3, 4, 6, 5)
+    kl = grpo_flux.gaussian_kl(v.requires_grad_(), reference, x, 0.7, 0.5, cfg)
+    normals = [gaussian(sde, w, x, 0.7, 0.5, 0.6) for w in (v.detach(), reference)]
+    expected = torch.distributions.kl_divergence(*normals).mean().item()
+    assert kl.item() == pytest.approx(expected, rel=1e-3)
+    kl.backward()
+    assert v.grad.abs().min() > 0
+    same = reference.clone().requires_grad_()
+    grpo_flux.gaussian_kl(same, reference, x, 0.7, 0.5, cfg).backward()
+    assert same.grad.abs().max() < 1e-6
+
+
+def test_window(tiny):
+    """Noise or training outside of the window; a window that never moves, or leaves its place."""
+    cfg = settings(sampling_steps=6, sde_window=3, window_shift_every=2, timestep_fraction=0.7)
+    starts = [grpo_flux.random_steps(step, cfg).start for step in range(7)]
+    assert starts == [0, 0, 1, 1, 2, 2, 0]
+    drawn = settings(sampling_steps=6, sde_window=3)
+    assert {grpo_flux.random_steps(step, drawn).start for step in range(30)} == {0, 1, 2}
+    trajectory, text = sample(tiny, cfg, [(3, 0, i) for i in range(12)])
+    sigmas, x = trajectory.sigmas, trajectory.x
+    for t in range(5):
+        with torch.no_grad():
+            v = tiny.predict(x[:, t], sigmas[t].expand(12, 1, 1), text)
+        off = (x[:, t + 1] - x[:, t] - v * (sigmas[t + 1] - sigmas[t])).abs().max()
+        assert off > 0.1 if t in (1, 2, 3) else off < 1e-5
+        assert trajectory.logp[:, t].isnan().all() == (t not in (1, 2, 3))
+    W, calls, _, update = linear_policy(cfg)
+    update(torch.optim.SGD([W], lr=1e-3), torch.linspace(-1, 1, 12))
+    assert len(calls) == 2 and set(torch.cat(calls).tolist()) == set(sigmas[:3].tolist())
+
+
+def test_moving_average():
+    """A decay that is taken the other way round; weights that the average replaces for good."""
+    layer = torch.nn.Linear(2, 3)
+    average = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    policy, weight = grpo_flux.Policy(layer, None, None, None, average), layer.weight
+    values = [weight.detach().clone() + i for i in range(4)]
+    for value in values[1:]:
+        weight.data = value.clone()
+        grpo_flux.follow(policy, 0.9)
+    mean = 0.9**3 * values[0] + 0.1 * (0.9**2 * values[1] + 0.9 * values[2] + values[3])
+    with grpo_flux.averaged(policy):
+        assert torch.allclose(weight, mean)
+    assert torch.equal(weight, values[3]) and torch.allclose(average["weight"], mean)
 
 
 # ------------------------------------------------------------------------------------------- draws
@@ -477,6 +560,11 @@ def shell(*argv, cwd, **environment):
         [sys.executable, *argv], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
+def succeed(done):
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 def torchrun(ranks):
     arguments = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     return ["-m", *arguments] if ranks > 1 else []
@@ -487,24 +575,34 @@ def check_refusal(done, words):
     assert done.stderr.startswith("error: ") and words in done.stderr
 
 
+def read_metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 def results(out):
     """The lines of metrics.jsonl, and the exported model."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return lines, FluxTransformer2DModel.from_pretrained(out / "export" / "transformer")
+    return read_metrics(out), FluxTransformer2DModel.from_pretrained(out / "export" / "transformer")
 
 
-def test_run(tiny, tmp_path):
-    """A run that ends in an error, writes outside of --out, or exports what it began with."""
+@job
+def short_run(folder):
     flags = "--device cpu --num_prompts 1 --steps 3 --eval_every 2 --eval_images 24 --out run"
-    done = shell("grpo_flux.py", *flags.split(), "--reward", "hps:0.7,clip:0.3", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "held-out reward" in done.stdout and "24 images" in done.stdout
-    names = {str(path.relative_to(tmp_path / "run")) for path in tmp_path.rglob("*.*")}
+    done = shell("grpo_flux.py", *flags.split(), "--reward", "hps:0.7,clip:0.3", cwd=folder)
+    return folder / "run", succeed(done)
+
+
+def test_run(tiny, short_run):
+    """A run that ends in an error, writes outside of --out, or exports what it began with."""
+    run, out = short_run
+    assert "held-out reward" in out and "24 images" in out and "7 of 8 steps trained" in out
+    names = {str(path.relative_to(run)) for path in run.parent.rglob("*.*")
+             if "tensorboard" not in path.parts}
     model_files = {"config.json", "diffusion_pytorch_model.safetensors"}
     assert names == {"config.json", "metrics.jsonl", "reward.png", "before_after.png",
+                     *(f"checkpoints/step_00003/{name}" for name in (".metadata", "__0_0.distcp")),
                      *(f"images/step_{step:05d}.png" for step in (0, 2, 3)),
                      *(f"export/transformer/{name}" for name in model_files)}
-    lines, model = results(tmp_path / "run")
+    lines, model = results(run)
     assert [line["step"] for line in lines] == [1, 2, 3]
     for line in lines:
         assert line["ratio"] == 1 and line["ratio_off"] == 0 and line["grad_norm"] > 0
@@ -514,20 +612,24 @@ def test_run(tiny, tmp_path):
     moved = [(end[name] - start[name]).abs().max() for name in start]
     assert start.keys() == end.keys() and 1e-5 < max(moved) < 1e-2
     with pytest.raises(BadInput, match="holds a run already"):
-        grpo_flux.main(["--out", str(tmp_path / "run")])
+        grpo_flux.main(["--out", str(run), "--resume", "none"])
 
 
+SHORT = "--steps 2 --num_prompts 1 --sampling_steps 4 --eval_images 3 --device cpu".split()
 THREE = "--steps 3 --sampling_steps 3 --eval_images 3 --device cpu".split()
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tiny, tmp_path_factory):
-    """The folder of a run of two processes, and of its record A."""
-    folder = tmp_path_factory.mktemp("two")
-    done = shell(*torchrun(2), "grpo_flux.py", *THREE, "--num_prompts", "1", "--out", "run",
-                 "--record", "A", "--deterministic", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder
+@job
+def two_ranks(folder):
+    """The folder of a run of two processes with its record A, and what a replay of it printed; a
+    run from its checkpoint."""
+    start = [*torchrun(2), "grpo_flux.py"]
+    succeed(shell(*start, *THREE, "--num_prompts", "1", "--out", "run", "--save_every", "2",
+                  "--record", "A", "--deterministic", cwd=folder))
+    replay = shell(*start, "--device", "cpu", "--deterministic", "--replay", "A", cwd=folder)
+    succeed(shell(*start, *THREE, "--num_prompts", "1", "--out", "again",
+                  "--resume", "run/checkpoints/step_00002", cwd=folder))
+    return folder, succeed(replay)
 
 
 def test_processes_and_batches_do_not_matter(two_ranks, tmp_path):
@@ -541,7 +643,7 @@ def test_processes_and_batches_do_not_matter(two_ranks, tmp_path):
         lines, model = results(folder)
         return lines, torch.cat([p.detach().flatten() for p in model.parameters()])
 
-    expected, weights = read(two_ranks / "run")
+    expected, weights = read(two_ranks[0] / "run")
     for lines, others in (read(run(micro_batch)) for micro_batch in ("12", "4", "1")):
         for a, b in zip(expected, lines, strict=True):
             assert b["reward"] == pytest.approx(a["reward"], abs=1e-5)
@@ -625,14 +727,126 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(grpo_flux, "build_tiny", build_tiny)
     with pytest.raises(KeyboardInterrupt):
-        grpo_flux.tiny_models(str(tmp_path))
+        grpo_flux.tiny_models(settings(cache=str(tmp_path)))
     assert not list(tmp_path.iterdir())
 
 
+# ------------------------------------------------------------------------------------- checkpoints
+
+LORA = "--lora_rank 4 --lora_alpha 8 --learning_rate 1e-3".split()
+
+
+@pytest.mark.parametrize("flags", [[], [*LORA, *"--ema_decay 0.9 --kl_beta 0.1".split()]])
+def test_resume_is_bit_for_bit(tiny, tmp_path, flags):
+    """A moment, an average or a draw that starts anew; a line of metrics twice."""
+    flags = [*SHORT, *flags, "--save_every", "2", "--eval_every", "3"]
+    for steps, name in (("4", "whole"), ("2", "parts"), ("4", "parts")):
+        grpo_flux.main([*flags, "--steps", steps, "--out", str(tmp_path / name)])
+    whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
+    assert [line["step"] for line in parts] == [1, 2, 3, 4]
+    for line in whole + parts:
+        for name in ("rollout_s", "reward_s", "update_s"):
+            del line[name]
+    assert whole == parts
+    whole, parts = (load_file(next((tmp_path / name / "export").rglob("*.safetensors")))
+                    for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(x, parts[name]) for name, x in whole.items())
+
+
+def test_two_ranks_resume_on_two_and_on_one(two_ranks, tmp_path):
+    """Shards that come back in another order, or only where as many processes read them."""
+    run, again = (two_ranks[0] / name for name in ("run", "again"))
+    grpo_flux.main([*THREE, "--num_prompts", "2", "--gradient_accumulation_steps", "24", "--out",
+                    str(tmp_path), "--resume", str(run / "checkpoints" / "step_00002")])
+    whole, again, alone = (results(folder)[1].state_dict() for folder in (run, again, tmp_path))
+    assert all(torch.equal(again[name], x) for name, x in whole.items())
+    assert all(torch.allclose(alone[name], x, atol=1e-6) for name, x in whole.items())
+
+
+def test_lora_trains_and_exports_adapters_alone(tiny, tmp_path):
+    """Frozen weights that move or are saved; an export that diffusers reads with another alpha."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    grpo_flux.main([*SHORT, *LORA, "--out", str(tmp_path)])
+    folder = tmp_path / "checkpoints" / "step_00002"
+    names = FileSystemReader(folder).read_metadata().state_dict_metadata
+    assert names and all("lora" in name or "param_groups" in name for name in names)
+    cfg = settings(lora_rank=4, lora_alpha=8.0, model=tiny.cfg.model)
+    policy = grpo_flux.make_policy(cfg, SHAPE[1:], torch.device("cpu"))
+    inputs = torch.randn(2, 16, 16), torch.full((2, 1, 1), 0.6), batch_text(
+        tiny.encoded, ["a red circle", "a blue cross"], "cpu")
+    with torch.no_grad():
+        start = policy.predict(*inputs)
+        assert torch.equal(start, tiny.predict(*inputs))  # adapters begin at 0
+        assert grpo_flux.load_checkpoint(folder, policy) == 2
+        trained = policy.predict(*inputs)
+        pipe = FluxPipeline.from_pretrained(tiny.cfg.model, vae=None)
+        pipe.load_lora_weights(tmp_path / "export")
+        loaded = partial(tiny.predict.func, pipe.transformer, **tiny.predict.keywords)(*inputs)
+    assert torch.allclose(loaded, trained, atol=1e-5) and (trained - start).abs().max() > 1e-3
+    before = tiny.transformer.state_dict()
+    frozen = {name.replace(".base_layer", ""): p
+              for name, p in policy.transformer.named_parameters() if "lora" not in name}
+    assert before.keys() == frozen.keys()
+    assert all(torch.equal(p, before[name]) for name, p in frozen.items())
+
+
+def test_kl_refers_to_the_start(tiny):
+    """A reference that is the trained policy itself, or leaves the adapters switched off."""
+    inputs = torch.randn(2, 16, 16), torch.full((2, 1, 1), 0.6), batch_text(
+        tiny.encoded, ["a red circle", "a blue cross"], "cpu")
+    for rank in (0, 4):
+        cfg = settings(kl_beta=0.1, lora_rank=rank, model=tiny.cfg.model)
+        policy = grpo_flux.make_policy(cfg, SHAPE[1:], torch.device("cpu"))
+        with torch.no_grad():
+            start = policy.predict(*inputs)
+            for p in grpo_flux.trained_parameters(policy.transformer).values():
+                p.add_(0.01)
+            moved, reference = policy.predict(*inputs), policy.reference(*inputs)
+            assert torch.equal(reference, start) and not torch.allclose(moved, start, atol=1e-3)
+            assert torch.equal(policy.predict(*inputs), moved)
+
+
+def test_bad_resume(tiny, tmp_path):
+    """A checkpoint of another policy, found out after minutes or not at all."""
+    folder = tmp_path / "checkpoints" / "step_00001"
+    folder.mkdir(parents=True)
+    (folder / ".metadata").touch()
+    facts = dict(model="tiny", seed=0, lora_rank=4, lora_alpha=128.0, ema_decay=0.0)
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    for changes, words in ((dict(lora_rank=8), "--lora_rank 8"), (dict(lora_rank=0), "must be 4"),
+                           (dict(lora_rank=4, ema_decay=0.9), "no average"),
+                           (dict(resume=str(tmp_path)), "--resume")):
+        with pytest.raises(BadInput, match=words):
+            grpo_flux.find_checkpoint(settings(out=str(tmp_path)) if not changes else
+                                      settings(**dict(out=str(tmp_path)) | changes))
+    assert grpo_flux.find_checkpoint(settings(out=str(tmp_path), lora_rank=4)) == folder
+    assert grpo_flux.find_checkpoint(settings(out=str(tmp_path), resume="none")) is None
+
+
+@job
+def stopped_run(folder):
+    """Exit status of a run that SIGTERM ends after its first step."""
+    argv = [sys.executable, str(HERE / "grpo_flux.py"), *SHORT, "--steps", "500", "--out", "run"]
+    process = subprocess.Popen(argv, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = folder / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    return folder / "run", process.wait(60)
+
+
+def test_signal_saves_and_stops(stopped_run):
+    """A run that loses its last steps when its machine is taken away."""
+    run, status = stopped_run
+    last = read_metrics(run)[-1]["step"]
+    names = [path.name for path in (run / "checkpoints").iterdir()]
+    assert status == 0 and names == [f"step_{last:05d}"]
+
+
 # -------------------------------------------------------------------------------------------- tape
-
-SHORT = "--steps 2 --num_prompts 1 --sampling_steps 4 --eval_images 3 --device cpu".split()
-
 
 def replay(folder, out, *flags):
     """Exit status, {stage: row of the table}, the lines below the table, metrics.jsonl."""
@@ -660,13 +874,11 @@ def record(tiny, tmp_path_factory):
 
 def test_replay_on_two_processes(two_ranks):
     """Draws or results of one rank taken for another's; a run that is not deterministic."""
-    done = shell(*torchrun(2), "grpo_flux.py", "--device", "cpu", "--deterministic",
-                 "--replay", "A", cwd=two_ranks)
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines() if line.endswith(" OK")][:-1]
+    folder, out = two_ranks
+    rows = [line.split() for line in out.splitlines() if line.endswith(" OK")][:-1]
     assert [row[0] for row in rows] == list(grpo_flux.TOLERANCES)
     assert all(float(number) == 0 for row in rows for number in row[2:6])
-    assert done.stdout.endswith("replay OK\n") and len(list((two_ranks / "A").iterdir())) == 7
+    assert out.endswith("replay OK\n") and len(list((folder / "A").iterdir())) == 7
     counts = {row[0]: int(row[1]) for row in rows}  # 3 steps, 2 ranks, 12 samples, T = 3
     assert counts["velocity"] == 3 * 2 * 12 * 3 * 256 and counts["grad_norm"] == 6
 
@@ -708,12 +920,12 @@ def test_replay_of_draws_alone(record, tmp_path):
 
 def test_replay_finds_a_changed_weight(record, tmp_path, monkeypatch):
     """One weight of 1.85 million that is off by 0.001."""
-    def load_models(*args, load=grpo_flux.load_models):
-        vae, transformer = load(*args)
+    def load_transformer(*args, load=grpo_flux.load_transformer):
+        transformer = load(*args)
         transformer.transformer_blocks[0].attn.to_q.weight.data[0, 0] += 1e-3
-        return vae, transformer
+        return transformer
 
-    monkeypatch.setattr(grpo_flux, "load_models", load_models)
+    monkeypatch.setattr(grpo_flux, "load_transformer", load_transformer)
     status, rows, end, _ = replay(record, tmp_path, "--deterministic")
     assert end[0].startswith("first OFF: step 1, rank 0, stage velocity;")
     assert (status, end[1]) == (3, "replay OFF")
@@ -863,8 +1075,8 @@ def install_npu():
                   get_amp_supported_dtype=half, get_device_name="stand-in")
     for name, value in values.items():
         setattr(npu, name, lambda *_, value=value: value)
-    numbers = dict(stream_id=0, device_index=0, device_type=20)
-    npu.Stream = type("Stream", (torch.cpu.Stream,), numbers)
+    parts = dict(stream_id=0, device_index=0, device_type=20, synchronize=lambda _: None)
+    npu.Stream = type("Stream", (torch.cpu.Stream,), parts)
     npu.conv, npu.matmul = types.SimpleNamespace(), types.SimpleNamespace()
     npu.Event, npu.stream, npu.current_stream = torch.cpu.Event, torch.cpu.stream, npu.Stream
     _setup_privateuseone_for_python_backend("npu", backend_module=npu)
@@ -894,15 +1106,22 @@ def with_npu(name, *argv, cwd, ranks=1):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_npu_does_what_a_cpu_does(tmp_path):
-    """Under torchrun: a CPU tensor, float64, a device or backend by name, gradients of one rank."""
-    flags = ("--steps 2 --sampling_steps 4 --num_generations 4 --micro_batch 4 --eval_images 3 "
+NPU_FLAGS = ("--steps 2 --sampling_steps 4 --num_generations 4 --micro_batch 4 --eval_images 3 "
              "--gradient_checkpointing --dtype fp32 --reward_fp32 --device").split()
-    grpo_flux.main([*flags, "cpu", "--out", str(tmp_path / "cpu"), "--num_prompts", "2",
+
+
+@job
+def npu_pair(folder):
+    with_npu("grpo_flux.py", *NPU_FLAGS, "npu", "--out", "npu", "--num_prompts", "1",
+             "--gradient_accumulation_steps", "4", cwd=folder, ranks=2)
+    return folder
+
+
+def test_npu_does_what_a_cpu_does(tiny, npu_pair, tmp_path):
+    """Under torchrun: a CPU tensor, float64, a device or backend by name, gradients of one rank."""
+    grpo_flux.main([*NPU_FLAGS, "cpu", "--out", str(tmp_path / "cpu"), "--num_prompts", "2",
                     "--gradient_accumulation_steps", "8"])
-    with_npu("grpo_flux.py", *flags, "npu", "--out", "npu", "--num_prompts", "1",
-             "--gradient_accumulation_steps", "4", cwd=tmp_path, ranks=2)
-    (cpu, a), (npu, b) = results(tmp_path / "cpu"), results(tmp_path / "npu")
+    (cpu, a), (npu, b) = results(tmp_path / "cpu"), results(npu_pair / "npu")
     assert len(cpu) == len(npu) == 2
     for one, two in zip(cpu, npu):
         assert two["reward"] == pytest.approx(one["reward"], abs=1e-5)
@@ -924,7 +1143,7 @@ FAULTS = [  # (old, new, words of the error): nothing, then what a port gets wro
     ("torch.stack(noise).to(z.device)", "torch.stack(noise)", "cpu"),
     ("torch.stack(noise).to(z.device)",
      "torch.randn(z.shape, device=z.device, generator=torch.Generator(z.device))", "Generator"),
-    ("torch.stack(c).to(device)", "torch.stack(c)", "of the cpu"),
+    ("for prompt in prompts]).to(device)", "for prompt in prompts])", "of the cpu"),
     ("self.tokenizer(unique).to(self.device)", "self.tokenizer(unique)", "of the cpu"),
     ("torch.autocast(x.device.type", "torch.autocast('cuda'", "computes in fp32"),
     ("torch.autocast(self.device.type", "torch.autocast('cuda'", "computes in fp32"),
@@ -937,7 +1156,8 @@ FAULTS = [  # (old, new, words of the error): nothing, then what a port gets wro
 def run_with_faults():
     """A short run in bf16 of a copy of the code with each fault; error.txt says how it ended."""
     def refuse_fp32(layer, inputs, output):
-        if isinstance(layer, torch.nn.Linear) and output.dtype == torch.float32:
+        if isinstance(layer, torch.nn.Linear) and (output.is_npu, output.dtype) == (
+                True, torch.float32):
             raise TypeError(f"{layer} computes in fp32")
 
     torch.nn.modules.module.register_module_forward_hook(refuse_fp32)
@@ -953,7 +1173,7 @@ def run_with_faults():
             spec = importlib.util.spec_from_file_location(name, path)
             module = sys.modules[name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-        module.draw_grids = module.draw_curve = lambda *_: None  # they take a second
+        module.show = module.side_by_side = lambda *_: None  # they take a second
         os.environ |= dict(RANK="0") if i in (1, 2) else {}
         try:
             module.main([*flags, str(folder / "run")])
@@ -1003,25 +1223,25 @@ def run_at_real_size():
         assert device == "npu" or device == "cpu" and names <= moves | {"add_"}
 
 
-@pytest.fixture(scope="session")
-def npu_runs(tmp_path_factory):
-    """The folder of the runs with faults, and two futures: both children run side by side."""
-    folder = tmp_path_factory.mktemp("npu")
-    with ThreadPoolExecutor() as pool:
-        yield folder, *(pool.submit(with_npu, name, cwd=folder)
-                        for name in ("run_with_faults", "run_at_real_size"))
+@job
+def npu_at_real_size(folder):
+    with_npu("run_at_real_size", cwd=folder)
 
 
-def test_npu_at_real_size(npu_runs):
+@job
+def npu_faults(folder):
+    with_npu("run_with_faults", cwd=folder)
+    return folder
+
+
+def test_npu_at_real_size(npu_at_real_size):
     """float64, a tensor on the CPU, a matmul in fp32 that only a large or deep FLUX would have."""
-    npu_runs[2].result()
 
 
 @pytest.mark.parametrize("i", range(len(FAULTS)))
-def test_npu_shows_what_a_port_gets_wrong(npu_runs, i):
+def test_npu_shows_what_a_port_gets_wrong(npu_faults, i):
     """0: a run without torchrun, in bf16. Then: a stand-in that is blind to what it stands for."""
-    npu_runs[1].result()
-    (old, new, words), folder = FAULTS[i], npu_runs[0] / str(i)
+    (old, new, words), folder = FAULTS[i], npu_faults / str(i)
     if old == new:
         assert [line["ratio_off"] for line in results(folder / "run")[0]] == [0]
     else:
