@@ -279,7 +279,7 @@ def velocity(transformer, x, sigma, text, ids, guidance, bf16):
     """
     tokens, pooled = text
     scale = x.new_full((len(x),), guidance) if transformer.config.guidance_embeds else None
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
         v = transformer(
             hidden_states=x, timestep=sigma.flatten(), guidance=scale, return_dict=False,
             encoder_hidden_states=tokens, pooled_projections=pooled,
@@ -701,13 +701,11 @@ def encode_prompts(cfg, prompts, device):
         if long := sum(length > cfg.text_length for length in lengths):
             print(f"{long} of {len(missing)} new prompts have more than {cfg.text_length} tokens "
                   "and are cut")
-    for i in range(0, len(missing), 16):
-        part = missing[i:i + 16]
-        tokens, pooled, _ = pipe.encode_prompt(part, None, max_sequence_length=cfg.text_length)
-        for prompt, *text in zip(part, tokens.cpu(), pooled.cpu()):
-            work = folder / f"{os.getpid()}.tmp"  # nobody ever sees half a file
-            save_file(dict(zip(("tokens", "pooled"), map(torch.clone, text))), work)
-            os.replace(work, files[prompt])
+    for prompt in missing:  # one by one: no prompt's bits depend on its neighbours
+        tokens, pooled, _ = pipe.encode_prompt(prompt, None, max_sequence_length=cfg.text_length)
+        work = folder / f"{os.getpid()}-{os.environ.get('RANK')}.tmp"  # nobody sees half a file
+        save_file(dict(tokens=tokens[0].cpu(), pooled=pooled[0].cpu()), work)
+        os.replace(work, files[prompt])
     return files
 
 
@@ -801,23 +799,22 @@ def shard(transformer, device, dtype):
     for part in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
         fully_shard(part, mesh=mesh, mp_policy=precision)
     fully_shard(transformer, mesh=mesh, mp_policy=precision)
+    transformer.set_reshard_after_forward(False)  # gather a block once for all calls up to the
+    transformer.set_reshard_after_backward(False)  # next optimizer step, not at each of them
 
 
-def hold_weights(transformer, hold):
-    """FSDP: keep gathered weights, so that a rollout gathers each block once and not at every step;
-    or let them go, as an update must."""
+def let_go(transformer):
+    """Forget the gathered weights: the shards have changed."""
     from torch.distributed.fsdp import FSDPModule
 
-    if isinstance(transformer, FSDPModule):
-        transformer.set_reshard_after_forward(not hold)
-        for part in transformer.modules():
-            if isinstance(part, FSDPModule) and not hold:
-                part.reshard()
+    for part in transformer.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
-# predict, and reference with the weights of the start if kl_beta asks for it; average {name: moving
-# average of a trained parameter} if ema_decay does
-Policy = namedtuple("Policy", "transformer predict reference optimizer average")
+# parameters: the trained ones by name; predict; reference, if kl_beta asks for it: predict with the
+# weights of the start; average, if ema_decay does: moving averages of the parameters
+Policy = namedtuple("Policy", "transformer parameters predict reference optimizer average")
 
 
 def make_policy(cfg, grid, device):
@@ -830,6 +827,7 @@ def make_policy(cfg, grid, device):
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
         fused=None if reward.is_accelerator(device) else True)  # there torch's choice is good
+    optimizer.register_step_post_hook(lambda *_: let_go(transformer))
     average = {name: p.detach().clone() for name, p in parameters.items() if cfg.ema_decay}
     frozen = None if cfg.lora_rank or not cfg.kl_beta else partial(
         velocity, load_transformer(cfg, device).requires_grad_(False), **inputs)
@@ -843,7 +841,8 @@ def make_policy(cfg, grid, device):
         unscale_lora_layers(transformer, 0.0)  # to what they were
         return v
 
-    return Policy(transformer, predict, reference if cfg.kl_beta else None, optimizer, average)
+    reference = reference if cfg.kl_beta else None
+    return Policy(transformer, parameters, predict, reference, optimizer, average)
 
 
 def local_parts(tensors):  # what this process holds of them
@@ -852,7 +851,7 @@ def local_parts(tensors):  # what this process holds of them
 
 def follow(policy, decay):
     """Move the average towards the weights: mean += (1 - decay) (weight - mean)."""
-    weights = local_parts(p.detach() for p in trained_parameters(policy.transformer).values())
+    weights = local_parts(p.detach() for p in policy.parameters.values())
     torch._foreach_lerp_(local_parts(policy.average.values()), weights, 1 - decay)
 
 
@@ -860,13 +859,13 @@ def follow(policy, decay):
 def averaged(policy):
     """The moving average, if there is one, in the place of the trained weights for a while."""
     def swap():
-        hold_weights(policy.transformer, False)
+        let_go(policy.transformer)
         for p, mean in zip(parts, local_parts(policy.average.values())):
             kept = p.clone()
             p.copy_(mean)
             mean.copy_(kept)
 
-    parts = local_parts(p.detach() for p in trained_parameters(policy.transformer).values())
+    parts = local_parts(p.detach() for p in policy.parameters.values())
     if policy.average:
         swap()
     yield
@@ -1210,7 +1209,7 @@ def describe_step(cfg, policy, grid, world):
     # backward: to the inputs as much as forward, to the weights again, unless they are frozen
     trained = 2 + (not cfg.lora_rank) + cfg.gradient_checkpointing + bool(cfg.kl_beta)
     weights = local_parts(policy.transformer.parameters())
-    moving = local_parts(trained_parameters(policy.transformer).values())
+    moving = local_parts(policy.parameters.values())
     copies = 3 + bool(cfg.ema_decay)  # gradients, two moments, the average
     held = sum(p.nbytes for p in weights) + copies * sum(p.nbytes for p in moving)
     updates = images // cfg.gradient_accumulation_steps
@@ -1299,7 +1298,7 @@ def read_command_line(argv):
 
 def read_settings(folder):
     """The settings of a recorded run, but for those of its machine and its own files."""
-    own = ("device", "out", "cache", "record", "deterministic")
+    own = ("device", "out", "cache", "resume", "record", "deterministic")
     try:
         (Path(folder) / "step_00001_rank_0.safetensors").stat()
         settings = json.loads((Path(folder) / "config.json").read_text())
@@ -1356,7 +1355,6 @@ def main(argv=None):
 
     def look(step):
         with averaged(policy):
-            hold_weights(policy.transformer, True)
             seen = evaluate(policy.predict, vae, rewards, encoded, shown, shape, cfg, device, rank,
                             world)
         if rank == 0:
@@ -1423,7 +1421,6 @@ def train_step(step, chosen, policy, vae, rewards, encoded, shape, cfg, device):
     TAPE.open(step)
     x, text = draw_latents(keys, shape, cfg).to(device), batch_text(encoded, names, device)
     TAPE.note("text", *text)
-    hold_weights(policy.transformer, True)
     trajectory = rollout(policy.predict, x, text, keys, cfg, cfg.eta)
     TAPE.note("latents", trajectory.x, trajectory.x0)
     TAPE.note("logp", trajectory.logp[:, list(random_steps(step, cfg))])
@@ -1434,7 +1431,6 @@ def train_step(step, chosen, policy, vae, rewards, encoded, shape, cfg, device):
     times.append(clock(device))
     advantages = sum(w * group_advantages(scores[name], G) for name, (w, _) in rewards.items())
     TAPE.note("advantages", advantages)
-    hold_weights(policy.transformer, False)
     stats = update(policy.predict, policy.optimizer, trajectory, text, advantages, keys, cfg,
                    policy.reference)
     if policy.average:

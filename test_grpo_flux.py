@@ -3,13 +3,16 @@ with a known solution, numbers by hand. Each docstring names the mistakes that i
 
     python -m pytest -q test_grpo_flux.py   # on the CPU; the first run builds the tiny models
     python test_grpo_flux.py                # the benchmark, on the best device there is
+    python test_grpo_flux.py --size flux-dev  # what FLUX.1-dev costs, counted on any machine
 """
 
 import ctypes
+import gc
 import importlib.util
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import runpy
 import signal
@@ -19,7 +22,9 @@ import sys
 import tempfile
 import time
 import types
-from collections import defaultdict, namedtuple
+import warnings
+import weakref
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import fields
@@ -27,6 +32,7 @@ from functools import partial
 from io import StringIO
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import open_clip
 import pytest
@@ -38,9 +44,13 @@ from diffusers.models.transformers import transformer_flux
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.flop_counter import flop_registry
 
 import grpo_flux
 import reward
@@ -517,7 +527,8 @@ def test_moving_average():
     """A decay that is taken the other way round; weights that the average replaces for good."""
     layer = torch.nn.Linear(2, 3)
     average = {name: p.detach().clone() for name, p in layer.named_parameters()}
-    policy, weight = grpo_flux.Policy(layer, None, None, None, average), layer.weight
+    parameters, weight = dict(layer.named_parameters()), layer.weight
+    policy = grpo_flux.Policy(layer, parameters, None, None, None, average)
     values = [weight.detach().clone() + i for i in range(4)]
     for value in values[1:]:
         weight.data = value.clone()
@@ -806,6 +817,21 @@ def test_kl_refers_to_the_start(tiny):
             moved, reference = policy.predict(*inputs), policy.reference(*inputs)
             assert torch.equal(reference, start) and not torch.allclose(moved, start, atol=1e-3)
             assert torch.equal(policy.predict(*inputs), moved)
+
+
+def test_blocks_are_gathered_once(tiny):
+    """FSDP that gathers all weights again at every call of a rollout."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        policy = grpo_flux.make_policy(tiny.cfg, SHAPE[1:], torch.device("cpu"))
+        keys = [(0, 0, i) for i in range(12)]
+        text = batch_text(tiny.encoded, ["a red circle"] * 12, "cpu")
+        with CommDebugMode() as communication:
+            rollout(policy.predict, draw(keys, tiny.cfg), text, keys, tiny.cfg, 0.7)
+        counts = {str(op): n for op, n in communication.get_comm_counts().items()}
+    finally:
+        dist.destroy_process_group()
+    assert len(counts) == 1 and counts.popitem() == ("c10d._allgather_base_", 2 + 2 + 1)  # a root
 
 
 def test_bad_resume(tiny, tmp_path):
@@ -1342,6 +1368,160 @@ def benchmark(repetitions=7):
           f"transformer alone  {least:7.3f} s   ours is {cost:.2f} times this")
 
 
+# ------------------------------------------------------------------- benchmark: FLUX.1-dev, counted
+
+class Meter(TorchDispatchMode):
+    """Counts FLOP, collectives, the bytes that a rank receives by them, and live bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.live, self.counted = {}, 0, Counter()
+        resize = torch.UntypedStorage.resize_
+
+        def resize_and_note(storage, size):
+            resize(storage, size)
+            self.note_size(storage._cdata, size)
+
+        torch.UntypedStorage.resize_ = resize_and_note  # no operator: FSDP frees weights by it
+
+    def restart(self):
+        """What was counted so far; from now on all is counted anew, but for what is live."""
+        counted, self.counted = self.counted, Counter(peak=self.live)
+        return counted
+
+    def note_size(self, storage, size):
+        """A storage, known by its address, has come, was resized, or died: size 0."""
+        self.live += size - self.sizes.get(storage, 0)
+        self.sizes[storage] = size
+        self.counted["peak"] = max(self.counted["peak"], self.live)
+
+    def __torch_dispatch__(self, op, kinds, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in kinds):
+            return NotImplemented  # then it comes again, with what this rank holds
+        result = op(*args, **kwargs or {})
+        for x in tree_leaves(result):
+            storage = x.untyped_storage() if isinstance(x, torch.Tensor) else None
+            if storage is not None and not self.sizes.get(storage._cdata):
+                self.note_size(storage._cdata, storage.nbytes())
+                weakref.finalize(storage, self.note_size, storage._cdata, 0)
+        if formula := flop_registry.get(op._overloadpacket):  # those of FlopCounterMode
+            self.counted["flop"] += formula(*args, **kwargs or {}, out_val=result)
+        if op.namespace == "c10d" and "_base_" in op.__name__:  # all-gather or reduce-scatter
+            name = "gather" if "gather" in op.__name__ else "scatter"
+            self.counted[f"{name}s"] += 1
+            self.counted[f"{name}_bytes"] += abs(args[0].nbytes - args[1].nbytes)
+        return result
+
+
+def build_without_memory(cfg, world):
+    """The policy as load_transformer makes it, on the device meta."""
+    dtype = torch.bfloat16 if cfg.lora_rank else torch.float32
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(guidance_embeds=True).to(dtype)
+        transformer = grpo_flux.prepare_policy(transformer, cfg)
+    if world > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+        grpo_flux.shard(transformer, torch.device("cpu"), torch.bfloat16)
+    return transformer
+
+
+def count_at_real_size(lora_rank, world):
+    """Count a rollout of 3 forwards and an update of 2 backwards on one of `world` ranks."""
+    torch.set_num_threads(1)
+    gc.freeze()  # else the collector walks through all that was imported, again and again
+    warnings.simplefilter("ignore")
+    diffusers.logging.set_verbosity_error()
+    cfg = grpo_flux.Config(
+        dtype="bf16", lora_rank=lora_rank, num_generations=2, sampling_steps=3,
+        gradient_accumulation_steps=2, timestep_fraction=1.0)
+    keys, grid, A, counted = [(0, 0, 0), (0, 0, 1)], (90, 90), np.array([1.0, -1.0]), {}
+    # what the host reads: one batch, 0.0 for loss, norm and ratio; AdamW's step 1, the window's 0
+    FakeTensor.tolist = lambda x: [0.0 if x.is_floating_point() else 1] * x.numel()
+    FakeTensor.item = lambda x: 1.0 if x.is_floating_point() else 0
+    transformer, descend = build_without_memory(cfg, world), grpo_flux.descend
+
+    def descend_locally(*args, **named):
+        counted["backward"] = meter.restart()
+        for part, p in zip(parts, whole):
+            (part.grad,), p.grad = grpo_flux.local_parts([p.grad]), None
+        return descend(*args, **named)
+
+    with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
+        transformer.to_empty(device="cpu")
+        counted["weights"] = meter.live
+        held = grpo_flux.local_parts(transformer.parameters())
+        assert meter.live == sum(p.nbytes for p in held)  # else the meter is wrong
+        whole = list(grpo_flux.trained_parameters(transformer).values())
+        # AdamW gets plain tensors: for 1000 DTensors torch seeks sharding rules for two minutes
+        parts = [part.detach() for part in grpo_flux.local_parts(whole)]
+        optimizer = torch.optim.AdamW(parts, foreach=True)  # torch's choice on an accelerator
+        for part in parts:
+            part.grad = torch.zeros_like(part)
+        counted["gradients"] = meter.live - counted["weights"]
+        optimizer.step()  # makes its moments, which all steps but the first find there
+        optimizer.zero_grad()
+        counted["moments"] = meter.live - counted["weights"]
+        text = torch.empty(2, 512, 4096), torch.empty(2, 768)
+        x, ids = grpo_flux.draw_latents(keys, (16, *grid), cfg), grpo_flux.image_ids(*grid)
+        predict = partial(grpo_flux.velocity, transformer, ids=ids, guidance=3.5, bf16=True)
+        for name in ("let_go", "rollout")[world == 1:]:
+            if world > 1:  # what it costs to gather at each call, and what we do
+                transformer.set_reshard_after_forward(name == "let_go")
+            meter.restart()
+            trajectory = grpo_flux.rollout(predict, x, text, keys, cfg, cfg.eta)
+            counted[name] = meter.restart()
+        grpo_flux.let_go(transformer)  # as it is after the first of an update's optimizer steps
+        meter.restart()
+        grpo_flux.descend = descend_locally
+        grpo_flux.update(predict, optimizer, trajectory, text, A, keys, cfg)
+        counted["step"] = meter.restart()
+    return counted
+
+
+def benchmark_at_real_size():
+    """FLOP, peak memory and collectives of FLUX.1-dev, from a process for each way to run it."""
+    cfg, ways = grpo_flux.Config(), [(64, 1), (0, 1), (64, 8), (0, 8)]  # (LoRA's rank, ranks)
+    n, T, samples = cfg.micro_batch, cfg.sampling_steps, cfg.num_generations
+    K, GIB = int(cfg.timestep_fraction * (T - 1) + 1e-9), 2**30
+    forwards, backwards = samples // n * (T - 1) + 1, samples // n * K  # the first v is shared
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        results = dict(zip(ways, pool.starmap(count_at_real_size, ways, chunksize=1)))
+    print(f"FLUX.1-dev, 720x720, 512 text tokens, micro-batch {n}, bf16, gradient checkpointing: "
+          f"counted\non tensors without memory, torch {torch.__version__}. A GRPO step has "
+          f"{samples} samples, {forwards} forwards in\nits rollout and {backwards} forwards and "
+          "backwards in its update.\n\n"
+          "TFLOP         forward of a sample   and backward   rollout    update   GRPO step")
+    for way in ways[:2]:
+        forward = results[way]["rollout"]["flop"] / 3 / 2e12  # 3 calls, 2 samples
+        both = results[way]["backward"]["flop"] / 2 / 2e12
+        rollout, update = forward * n * forwards, both * n * backwards
+        print(f"{name_way(way):14}{forward:19.1f}{both:15.1f}{rollout:10.0f}{update:10.0f}"
+              f"{rollout + update:12.0f}")
+    print("\nGiB of a rank     weights  gradients  moments   peak of: rollout  backward   AdamW")
+    for way, r in results.items():
+        row = [r[name] for name in ("weights", "gradients", "moments")]
+        row += [r[name]["peak"] for name in ("rollout", "backward", "step")]
+        print("{:18}{:7.1f}{:11.1f}{:9.1f}{:19.1f}{:10.1f}{:8.1f}".format(
+            f"{name_way(way)}, ranks: {way[1]}", *(x / GIB for x in row)))
+    print("\n8 ranks, a GRPO step: calls, GiB a rank receives   all-gathers       reduce-scatters")
+    for way in ways[2:]:
+        r = results[way]
+        for text, name, gathers, scatters in (
+                ("rollout", "rollout", 1, 0), ("rollout, gathering at each call", "let_go",
+                                               forwards / 3, 0),
+                ("update", "backward", samples // cfg.gradient_accumulation_steps - 1,
+                 backwards / 2)):
+            row = [r[name].get(kind, 0) * factor for factor, kind in (
+                (gathers, "gathers"), (gathers, "gather_bytes"), (scatters, "scatters"),
+                (scatters, "scatter_bytes"))]
+            print(f"{name_way(way):8} {text:35}{row[0]:10.0f}{row[1] / GIB:9.1f}"
+                  f"{row[2]:12.0f}{row[3] / GIB:9.1f}")
+
+
+def name_way(way):
+    return f"LoRA {way[0]}" if way[0] else "full"
+
+
 if __name__ == "__main__" and sys.argv[1:2] == ["--npu"]:
     try:
         libraries = install_npu()
@@ -1352,5 +1532,7 @@ if __name__ == "__main__" and sys.argv[1:2] == ["--npu"]:
         globals()[sys.argv[0]]()
     else:
         runpy.run_path(sys.argv[0], run_name="__main__")
+elif __name__ == "__main__" and sys.argv[1:] == ["--size", "flux-dev"]:
+    benchmark_at_real_size()
 elif __name__ == "__main__":
     benchmark()
