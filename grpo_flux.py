@@ -7,7 +7,7 @@ DanceGRPO (Xue et al., arXiv 2505.07818) in six lines, each with the functions t
     3. decode, and let a model of human preference score the images    decode, reward.HPS
     4. advantage: by how many deviations is an image above its group   group_advantages
     5. make the steps of good images more probable: PPO's clipped loss  update, grpo_loss
-    6. repeat with new prompts                                         main
+    6. repeat with new prompts                                         train_step, main
 
 What differs from the authors' code, and why:
 
@@ -22,7 +22,7 @@ What differs from the authors' code, and why:
 
     python grpo_flux.py                                     # a FLUX in miniature, on a laptop
     torchrun --nproc_per_node 8 grpo_flux.py --model black-forest-labs/FLUX.1-dev \\
-        --hps HPS_v2.1_compressed.pt --prompts prompts.txt  # the real one
+        --hps HPS_v2.1_compressed.pt --prompts prompts.txt  # the real one; one card: --lora_rank 64
 
 Letters of shapes: B samples, G samples of a group (one prompt), T denoising steps, L latent tokens
 of an image, C channels of one, S text tokens, D channels of one; unpacked latents are (c, h, w).
@@ -1192,6 +1192,13 @@ def open_run(out, facts, checkpoint, last):
     return history
 
 
+def write_line(out, line, board):
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    for name, value in line.items() if board else ():
+        board.add_scalar(name, value, line["step"])
+
+
 def describe_step(cfg, policy, grid, world):
     """What a step is and costs, as text: counted from shapes, without computing anything."""
     from diffusers import FluxTransformer2DModel
@@ -1318,6 +1325,39 @@ def score(rewards, images, prompts):
     return scores
 
 
+def train_step(step, chosen, policy, vae, rewards, encoded, shape, cfg, device):
+    """One step of GRPO: images of the chosen (slot, prompt), their scores, the update; returns the
+    scores, the update's statistics and the seconds of each part."""
+    G = cfg.num_generations
+    names = [prompt for _, prompt in chosen for _ in range(G)]
+    keys = [(step, slot, sample) for slot, _ in chosen for sample in range(G)]
+    times = [clock(device)]
+    TAPE.open(step)
+    x, text = draw_latents(keys, shape, cfg).to(device), batch_text(encoded, names, device)
+    TAPE.note("text", *text)
+    trajectory = rollout(policy.predict, x, text, keys, cfg, cfg.eta)
+    TAPE.note("latents", trajectory.x, trajectory.x0)
+    TAPE.note("logp", trajectory.logp[:, list(random_steps(step, cfg))])
+    images = TAPE.note("images", decode(vae, trajectory.x0, shape[1:], cfg.micro_batch))
+    times.append(clock(device))
+    scores = score(rewards, images, names)
+    TAPE.note("reward", *scores.values())
+    times.append(clock(device))
+    advantages = sum(w * group_advantages(scores[name], G) for name, (w, _) in rewards.items())
+    TAPE.note("advantages", advantages)
+    stats = update(policy.predict, policy.optimizer, trajectory, text, advantages, keys, cfg,
+                   policy.reference)
+    if policy.average:
+        follow(policy, cfg.ema_decay)
+    TAPE.note("loss", stats["loss"])
+    TAPE.note("grad_norm", stats["grad_norm"])
+    TAPE.close()
+    times.append(clock(device))
+    names = ("rollout_s", "reward_s", "update_s")
+    seconds = {name: round(b - a, 4) for name, a, b in zip(names, times, times[1:])}
+    return scores, stats, seconds
+
+
 SIGNALS = []  # what asked us to stop
 
 
@@ -1372,10 +1412,7 @@ def main(argv=None):
         line = summarize(step + 1, rewards, scores, stats, cfg, device) | held_out | seconds
         history.append(line)
         if rank == 0:
-            with open(out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-            for name, value in line.items() if board else ():
-                board.add_scalar(name, value, step + 1)
+            write_line(out, line, board)
         bar.set_postfix_str(
             "reward {reward:.3f}+-{spread:.3f} ratio {ratio:.6f} (off {ratio_off:.0e}) clipped "
             "{clipped:.0%} grad {grad_norm:.2f} | {rollout_s:.1f}+{reward_s:.1f}+{update_s:.1f} s"
@@ -1409,39 +1446,6 @@ def main(argv=None):
         dist.destroy_process_group()
     if verdict.endswith("OFF"):
         sys.exit(3)
-
-
-def train_step(step, chosen, policy, vae, rewards, encoded, shape, cfg, device):
-    """One step of GRPO: images of the chosen (slot, prompt), their scores, the update; returns the
-    scores, the update's statistics and the seconds of each part."""
-    G = cfg.num_generations
-    names = [prompt for _, prompt in chosen for _ in range(G)]
-    keys = [(step, slot, sample) for slot, _ in chosen for sample in range(G)]
-    times = [clock(device)]
-    TAPE.open(step)
-    x, text = draw_latents(keys, shape, cfg).to(device), batch_text(encoded, names, device)
-    TAPE.note("text", *text)
-    trajectory = rollout(policy.predict, x, text, keys, cfg, cfg.eta)
-    TAPE.note("latents", trajectory.x, trajectory.x0)
-    TAPE.note("logp", trajectory.logp[:, list(random_steps(step, cfg))])
-    images = TAPE.note("images", decode(vae, trajectory.x0, shape[1:], cfg.micro_batch))
-    times.append(clock(device))
-    scores = score(rewards, images, names)
-    TAPE.note("reward", *scores.values())
-    times.append(clock(device))
-    advantages = sum(w * group_advantages(scores[name], G) for name, (w, _) in rewards.items())
-    TAPE.note("advantages", advantages)
-    stats = update(policy.predict, policy.optimizer, trajectory, text, advantages, keys, cfg,
-                   policy.reference)
-    if policy.average:
-        follow(policy, cfg.ema_decay)
-    TAPE.note("loss", stats["loss"])
-    TAPE.note("grad_norm", stats["grad_norm"])
-    TAPE.close()
-    times.append(clock(device))
-    names = ("rollout_s", "reward_s", "update_s")
-    seconds = {name: round(b - a, 4) for name, a, b in zip(names, times, times[1:])}
-    return scores, stats, seconds
 
 
 if __name__ == "__main__":

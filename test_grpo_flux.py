@@ -27,7 +27,7 @@ import weakref
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -750,9 +750,13 @@ LORA = "--lora_rank 4 --lora_alpha 8 --learning_rate 1e-3".split()
 @pytest.mark.parametrize("flags", [[], [*LORA, *"--ema_decay 0.9 --kl_beta 0.1".split()]])
 def test_resume_is_bit_for_bit(tiny, tmp_path, flags):
     """A moment, an average or a draw that starts anew; a line of metrics twice."""
-    flags = [*SHORT, *flags, "--save_every", "2", "--eval_every", "3"]
+    flags = [*SHORT, *flags, "--save_every", "2", "--keep_last", "1", "--eval_every", "3"]
     for steps, name in (("4", "whole"), ("2", "parts"), ("4", "parts")):
         grpo_flux.main([*flags, "--steps", steps, "--out", str(tmp_path / name)])
+        if steps == "2":  # as if it had been killed in step 4
+            with open(tmp_path / name / "metrics.jsonl", "a") as file:
+                file.write('{"step": 3}\n')
+    assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step_00004"]
     whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
     assert [line["step"] for line in parts] == [1, 2, 3, 4]
     for line in whole + parts:
@@ -775,32 +779,38 @@ def test_two_ranks_resume_on_two_and_on_one(two_ranks, tmp_path):
     assert all(torch.allclose(alone[name], x, atol=1e-6) for name, x in whole.items())
 
 
-def test_lora_trains_and_exports_adapters_alone(tiny, tmp_path):
-    """Frozen weights that move or are saved; an export that diffusers reads with another alpha."""
+@pytest.mark.parametrize("rank", [0, 4])
+def test_export_is_the_trained_policy(tiny, tmp_path, rank):
+    """An export that diffusers cannot read, or reads with another alpha; frozen weights that move
+    or are saved."""
     from torch.distributed.checkpoint import FileSystemReader
 
-    grpo_flux.main([*SHORT, *LORA, "--out", str(tmp_path)])
+    flags = ["--lora_rank", str(rank), "--lora_alpha", "8", "--learning_rate", "1e-3"]
+    grpo_flux.main([*SHORT, *flags, "--out", str(tmp_path)])
     folder = tmp_path / "checkpoints" / "step_00002"
     names = FileSystemReader(folder).read_metadata().state_dict_metadata
-    assert names and all("lora" in name or "param_groups" in name for name in names)
-    cfg = settings(lora_rank=4, lora_alpha=8.0, model=tiny.cfg.model)
+    assert not rank or all("lora" in name or "param_groups" in name for name in names)
+    cfg = settings(lora_rank=rank, lora_alpha=8.0, model=tiny.cfg.model)
     policy = grpo_flux.make_policy(cfg, SHAPE[1:], torch.device("cpu"))
     inputs = torch.randn(2, 16, 16), torch.full((2, 1, 1), 0.6), batch_text(
         tiny.encoded, ["a red circle", "a blue cross"], "cpu")
+    pipe = FluxPipeline.from_pretrained(tiny.cfg.model, vae=None)
+    if rank:
+        pipe.load_lora_weights(tmp_path / "export")
+    else:
+        pipe.transformer = FluxTransformer2DModel.from_pretrained(tmp_path / "export/transformer")
     with torch.no_grad():
         start = policy.predict(*inputs)
         assert torch.equal(start, tiny.predict(*inputs))  # adapters begin at 0
         assert grpo_flux.load_checkpoint(folder, policy) == 2
         trained = policy.predict(*inputs)
-        pipe = FluxPipeline.from_pretrained(tiny.cfg.model, vae=None)
-        pipe.load_lora_weights(tmp_path / "export")
         loaded = partial(tiny.predict.func, pipe.transformer, **tiny.predict.keywords)(*inputs)
     assert torch.allclose(loaded, trained, atol=1e-5) and (trained - start).abs().max() > 1e-3
     before = tiny.transformer.state_dict()
     frozen = {name.replace(".base_layer", ""): p
               for name, p in policy.transformer.named_parameters() if "lora" not in name}
     assert before.keys() == frozen.keys()
-    assert all(torch.equal(p, before[name]) for name, p in frozen.items())
+    assert all(torch.equal(p, before[name]) for name, p in frozen.items()) == bool(rank)
 
 
 def test_kl_refers_to_the_start(tiny):
@@ -834,6 +844,29 @@ def test_blocks_are_gathered_once(tiny):
     assert len(counts) == 1 and counts.popitem() == ("c10d._allgather_base_", 2 + 2 + 1)  # a root
 
 
+def test_prompts_are_encoded_once(tiny, tmp_path, monkeypatch, capsys):
+    """Encoders that are loaded for nothing; embeddings of another length or dtype; a silent cut."""
+    cfg = settings(model=tiny.cfg.model, cache=str(tmp_path), text_length=6)
+    prompts = ["a red circle", "a red circle and a blue cross"]
+    files = grpo_flux.encode_prompts(cfg, prompts, "cpu")
+    assert "1 of 2 new prompts have more than 6 tokens" in capsys.readouterr().out
+    one, two = (batch_text(files, [prompts[0]] * n, "cpu")[0] for n in (1, 2))
+    assert one.shape == (1, 6, 64) and two.shape == (2, 6, 64)
+    monkeypatch.setattr(FluxPipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert grpo_flux.encode_prompts(cfg, prompts, "cpu") == files
+    for change in (dict(text_length=8), dict(dtype="bf16"), dict(model="another")):
+        with pytest.raises(pytest.fail.Exception, match="loaded"):
+            grpo_flux.encode_prompts(replace(cfg, **change), prompts[:1], "cpu")
+
+
+def test_gradients_that_are_never_finite_end_the_run(tiny, tmp_path, monkeypatch):
+    """Two days of steps that are all left out."""
+    monkeypatch.setattr(grpo_flux, "group_advantages", lambda r, _: torch.full_like(r, math.nan))
+    with pytest.raises(FloatingPointError, match="steps 1 to 3"):
+        grpo_flux.main([*SHORT, "--steps", "9", "--out", str(tmp_path)])
+    assert [line["skipped"] for line in read_metrics(tmp_path)] == [1, 1, 1]
+
+
 def test_bad_resume(tiny, tmp_path):
     """A checkpoint of another policy, found out after minutes or not at all."""
     folder = tmp_path / "checkpoints" / "step_00001"
@@ -845,8 +878,7 @@ def test_bad_resume(tiny, tmp_path):
                            (dict(lora_rank=4, ema_decay=0.9), "no average"),
                            (dict(resume=str(tmp_path)), "--resume")):
         with pytest.raises(BadInput, match=words):
-            grpo_flux.find_checkpoint(settings(out=str(tmp_path)) if not changes else
-                                      settings(**dict(out=str(tmp_path)) | changes))
+            grpo_flux.find_checkpoint(settings(out=str(tmp_path), **changes))
     assert grpo_flux.find_checkpoint(settings(out=str(tmp_path), lora_rank=4)) == folder
     assert grpo_flux.find_checkpoint(settings(out=str(tmp_path), resume="none")) is None
 
@@ -978,6 +1010,7 @@ def test_replay_finds_a_wrong_rotary_embedding(record, tmp_path, monkeypatch):
     for line, right in zip(lines, results(record.parent / "run")[0], strict=True):
         assert abs(line["loss"] - right["loss"]) < 1e-6 > abs(line["ratio"] - right["ratio"])
     assert rows["loss"][-1] == "OK" and float(rows["velocity"][4]) > 0.05
+    assert rows["images"][-1] == "OFF" and rows["reward"][-1] == "OK"  # given the recorded images
 
 
 def test_compare_two_runs(tmp_path, capsys):
