@@ -764,10 +764,9 @@ def prepare_policy(transformer, cfg):
     if cfg.lora_rank:
         from peft import LoraConfig
 
-        transformer.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
-            transformer.add_adapter(LoraConfig(
+            transformer.add_adapter(LoraConfig(  # which freezes all else
                 r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=ADAPTED))
         for p in trained_parameters(transformer).values():
             p.data = p.data.float()

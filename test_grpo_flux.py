@@ -400,9 +400,11 @@ def test_scores_of_two_devices(tiny, tmp_path, capsys):
     flags = ["--hps", tiny.cfg.hps, "--hps_arch", tiny.cfg.hps_arch, "--device", "cpu", str(folder)]
     reward.main([*flags, "--save", str(saved)])
     lines = [json.loads(line) for line in saved.read_text().splitlines()]
-    assert [line["prompt"] for line in lines] == reward.TINY_PROMPTS[:5]
+    for line, prompt in zip(lines, reward.TINY_PROMPTS[:5], strict=True):
+        alone = tiny.hps(reward.read_image(folder / line["image"]), [prompt]).item()
+        assert line["prompt"] == prompt and line["score"] == pytest.approx(alone, abs=1e-6)
     capsys.readouterr()
-    for factor, status in ((1.00014, 0), (1.00016, 3)):
+    for factor, status in ((1.000146, 0), (1.000152, 3)):
         scaled = [json.dumps(line | dict(score=line["score"] * factor)) for line in reversed(lines)]
         saved.write_text("\n".join(scaled))
         with pytest.raises(SystemExit) as end:
@@ -803,6 +805,7 @@ def test_export_is_the_trained_policy(tiny, tmp_path, rank):
     with torch.no_grad():
         start = policy.predict(*inputs)
         assert torch.equal(start, tiny.predict(*inputs))  # adapters begin at 0
+        assert not rank or policy.transformer.peft_config["default"].lora_alpha == 8
         assert grpo_flux.load_checkpoint(folder, policy) == 2
         trained = policy.predict(*inputs)
         loaded = partial(tiny.predict.func, pipe.transformer, **tiny.predict.keywords)(*inputs)
