@@ -1124,7 +1124,8 @@ def draw_grid(path, step, e, most=24):
 
     count = min(most, len(e.images))
     columns, rows = min(count, 6), math.ceil(count / 6)
-    figure = Figure((1.35 * columns, 1.75 * rows + 0.5), layout="constrained", dpi=100)
+    width = max(1.35 * columns, 5.5)  # room for the title
+    figure = Figure((width, 1.75 * rows + 0.5), layout="constrained", dpi=100)
     text = headline(e.rewards.mean(), e.accuracy)
     figure.suptitle(f"step {step}: {text}", parse_math=False)
     for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
@@ -1152,7 +1153,8 @@ def draw_curves(path, curves, grids=()):
         panels["top"].plot(*zip(*points), "o-" if len(points) < 30 else "-", label=label)
     panels["top"].set(xlabel="GRPO step", ylabel="reward")
     panels["top"].legend(frameon=False)
-    for i, grid in enumerate(grids):
+    for i, (label, grid) in enumerate(zip(curves, grids)):
+        panels[i].set_title(label, parse_math=False)
         panels[i].imshow(imread(grid))
         panels[i].axis("off")
     figure.savefig(path)
