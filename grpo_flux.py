@@ -300,6 +300,10 @@ def random_steps(step, cfg):
     return range(start, start + W)
 
 
+def count_trained(window, cfg):  # of a sample; 1e-9 as 0.29 * 100 is below 29
+    return max(1, int(cfg.timestep_fraction * len(window) + 1e-9))
+
+
 @torch.no_grad()
 def rollout(predict, x, text, keys, cfg, eta):
     """Turn noise x (B, L, C) into images, micro_batch at a time, all in fp32: a Trajectory.
@@ -380,7 +384,7 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg, referenc
     """
     sigmas, states, _, logp_old = trajectory
     device, window = states.device, random_steps(keys[0][0], cfg)
-    K = max(1, int(cfg.timestep_fraction * len(window) + 1e-9))
+    K = count_trained(window, cfg)
     orders = [randperm(len(window), cfg.seed, TRAINED, *key)[:K] for key in keys]
     trained = torch.stack(orders).to(device) + window.start  # (B, K) step numbers
     samples, signals, counts = plan_batches(advantages, cfg, device)
@@ -908,6 +912,7 @@ def training_state(policy):
     options = StateDictOptions(ignore_frozen_params=True, cpu_offload=True)
     weights, moments = get_state_dict(policy.transformer, policy.optimizer, options=options)
     average = {name: mean.cpu() for name, mean in policy.average.items()}
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # with one process it is
     return dict(weights=weights, moments=moments, average=average)
 
 
@@ -921,7 +926,6 @@ def save_checkpoint(folder, policy, keep_last, rank):
     """Written under another name until all of it is there; older ones are removed."""
     import torch.distributed.checkpoint as dcp
 
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # on one process: so be it
     work = folder.parent / "saving"
     dcp.save(training_state(policy), checkpoint_id=work, process_group=host_group(),
              no_dist=not dist.is_initialized())
@@ -936,7 +940,6 @@ def load_checkpoint(folder, policy):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")
     state = training_state(policy)
     dcp.load(state, checkpoint_id=folder, process_group=host_group(),
              no_dist=not dist.is_initialized())
@@ -1206,7 +1209,7 @@ def describe_step(cfg, policy, grid, world):
     from torch.utils.flop_counter import FlopCounterMode
 
     G, T, L, S = cfg.num_generations, cfg.sampling_steps, grid[0] * grid[1] // 4, cfg.text_length
-    K = max(1, int(cfg.timestep_fraction * len(random_steps(0, cfg)) + 1e-9))
+    K = count_trained(random_steps(0, cfg), cfg)
     config, images = policy.transformer.config, cfg.num_prompts * G  # of a process
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         FluxTransformer2DModel.from_config(config)(
