@@ -52,12 +52,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import reward
-from reward import BadInput
+from reward import BadInput, publish, remove, whole
+
+
+class Stopped(RuntimeError):
+    """A run that cannot go on; the text is the one line that its user will read."""
 
 # ------------------------------------------------------------------------------------------ config
 
@@ -139,7 +145,8 @@ class Config:
         size, samples = self.gradient_accumulation_steps, self.num_prompts * self.num_generations
         if size % self.micro_batch or samples % size:
             raise BadInput(f"--gradient_accumulation_steps {size}: must be a multiple of "
-                           f"micro_batch {self.micro_batch} and divide the step's {samples}")
+                           f"micro_batch {self.micro_batch} and divide the step's {samples} "
+                           f"images (num_prompts {self.num_prompts} x {self.num_generations})")
         if self.sde_window >= self.sampling_steps:
             raise BadInput(f"--sde_window {self.sde_window}: must be below sampling_steps "
                            f"{self.sampling_steps}")
@@ -425,8 +432,6 @@ def gaussian_kl(v, v_reference, x, sigma, sigma_next, cfg):
     return (top - step(v, x_next=mean)[2]).mean()
 
 
-
-
 def descend(optimizer, sums, ratio_off, cfg, first):
     """The optimizer step, unless a gradient is not finite; returns loss, ratio, clipped share, KL,
     norm of the gradient, largest |ratio - 1| as floats: the one place where the host waits."""
@@ -434,7 +439,7 @@ def descend(optimizer, sums, ratio_off, cfg, first):
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded by FSDP
     *values, off = torch.stack([*sums, norm, ratio_off]).tolist()
     if first and off > 1e-5:
-        raise RuntimeError(
+        raise FloatingPointError(
             f"the first ratio is off by {off:.1e} though the policy is still that of the rollout: "
             "rollout and update compute different velocities (dtype, batch size, kernels)")
     if math.isfinite(values[-1]):  # one norm for all processes: they all step, or none does
@@ -521,7 +526,8 @@ class Tape:
         if cfg.record:
             self.folder.mkdir(parents=True, exist_ok=True)
             if rank == 0:
-                (self.folder / "config.json").write_text(json.dumps(facts, indent=1))
+                with whole(self.folder / "config.json") as path:
+                    path.write_text(json.dumps(facts, indent=1))
         if cfg.replay:
             last, other = self.path(cfg.steps - 1, rank), self.path(0, world)
             if not last.is_file() or other.is_file():
@@ -573,7 +579,8 @@ class Tape:
     def close(self):
         """The end of a step: write it down, or compare it."""
         if self.file and self.cfg.record:
-            save_file(self.now, self.file)
+            with whole(self.file) as path:
+                save_file(self.now, path)
         for name, theirs in self.then.items():
             stage, ours = name.split(".")[0], self.now.get(name)
             if stage in TOLERANCES:
@@ -636,21 +643,20 @@ def clock(device):
     return time.perf_counter()
 
 
-# ------------------------------------------------------------------------------------------ models
+# ------------------------------------------------------------------------------------------ checks
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
+# Flags by themselves are checked by Config; files here, before any model is read.
 
 def check_files(cfg):
-    """Refuse what cannot work before anything is loaded; returns the prompts."""
-    tiny = cfg.model == "tiny"
-    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", cfg.model) and not os.path.exists(cfg.model)
-    if not tiny and not on_hub and not (Path(cfg.model) / "model_index.json").is_file():
-        raise BadInput(f"--model {cfg.model}: must be tiny, a folder with a model_index.json, or a "
-                       "name on the hub such as black-forest-labs/FLUX.1-dev")
-    for name in reward.parse_rewards(cfg.reward):
+    """Refuse what cannot work; returns the prompts, and the checkpoint to go on from or None."""
+    tiny, rewards = cfg.model == "tiny", reward.parse_rewards(cfg.reward)
+    if not tiny:
+        check_model(cfg.model)
+    for name in rewards:
         path = getattr(cfg, name, None)  # None: a function of the user's
-        if path is not None and (path or not tiny) and not os.path.isfile(path):
+        if path is None:
+            reward.load_reward(name)
+        elif (path or not tiny) and not os.path.isfile(path):
             raise BadInput(f"--{name} {path or '(not given)'}: must be the file with its weights")
     if cfg.resume == "none" and cfg.out and (Path(cfg.out) / "metrics.jsonl").exists():
         raise BadInput(f"--out {cfg.out}: holds a run already; must be a folder of its own")
@@ -658,7 +664,109 @@ def check_files(cfg):
         raise BadInput(f"--record {cfg.record}: holds a record already; must be a new folder")
     if not tiny and not cfg.prompts:
         raise BadInput("--prompts (not given): must be a text file with one prompt a line")
-    return reward.read_prompts(cfg.prompts) if cfg.prompts else reward.TINY_PROMPTS
+    prompts = reward.read_prompts(cfg.prompts) if cfg.prompts else reward.TINY_PROMPTS
+    checkpoint = find_checkpoint(cfg)
+    if cfg.attention != "native":
+        check_attention(cfg.attention)
+    for name, folder in dict(cache=cache_folder(cfg), record=cfg.record).items():
+        if folder:
+            with refusing(f"--{name} {folder}: must be a folder that can be written to"):
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+    return prompts, checkpoint
+
+
+@contextmanager
+def refusing(message):
+    """Whatever files and their contents make a reader raise becomes one BadInput."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        raise BadInput(f"{message} ({error})") from None
+
+
+def check_model(model):
+    """Refuse a folder that is not FLUX.1, or has a part missing or cut off. Reads no weights."""
+    folder = Path(model)
+    if not folder.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", model):
+        return  # a name on the hub
+    with refusing(f"--model {model}: must be tiny, a folder with the model_index.json of FLUX.1, "
+                  "or a name on the hub such as black-forest-labs/FLUX.1-dev"):
+        index = json.loads((folder / "model_index.json").read_text())
+        if index["_class_name"] != "FluxPipeline":
+            raise ValueError(f"this is a {index['_class_name']}")
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        with refusing(f"--model {model}: its folder {part} must hold a config.json and whole "
+                      ".safetensors files"):
+            json.loads((folder / part / "config.json").read_text())
+            shards = set(folder.glob(f"{part}/*.safetensors"))
+            for index in folder.glob(f"{part}/*.safetensors.index.json"):
+                names = json.loads(index.read_text())["weight_map"].values()
+                shards |= {folder / part / name for name in names}
+            check_weights(shards)
+    for part in ("tokenizer", "tokenizer_2"):
+        if not (folder / part).is_dir():
+            raise BadInput(f"--model {model}: must hold a folder {part}")
+
+
+def check_weights(files):
+    """Raise OSError unless all are there, and are as long as their headers say."""
+    if not files:
+        raise FileNotFoundError("there is none")
+    for file in sorted(files):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{file.name}: {error}") from None
+
+
+def check_attention(name):
+    """Refuse an attention backend that diffusers does not know or cannot use here."""
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        probe = FluxTransformer2DModel(num_layers=1, num_single_layers=0, num_attention_heads=1)
+    try:
+        probe.set_attention_backend(name)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise BadInput(f"--attention {name}: {error}") from None
+
+
+def checkpoints(out):
+    """The folders of a run's checkpoints, from first to last."""
+    return sorted(Path(out, "checkpoints").glob("step_*"), key=lambda path: int(path.name[5:]))
+
+
+def find_checkpoint(cfg):
+    """The folder to go on from, if there is one; its run must have had the same kind of policy."""
+    there = checkpoints(cfg.out) if cfg.out else []
+    if cfg.resume == "none" or cfg.resume == "auto" and not there:
+        return None
+    folder = there[-1] if cfg.resume == "auto" else Path(cfg.resume)
+    with refusing(f"--resume {cfg.resume}: must be auto, none, or a whole folder such as "
+                  f"RUN/checkpoints/step_00020, but {folder} is not"):
+        step = int(folder.name.removeprefix("step_"))
+        check_weights(set(folder.glob("*.safetensors")))
+        then = json.loads((folder.parent.parent / "config.json").read_text())
+        later = then.keys() - COMMENTS.keys() - {"machine", "versions"}
+    if later:
+        raise BadInput(f"--resume {folder}: must be from this version of grpo_flux.py, but its run "
+                       f"was set {', '.join(sorted(later))}")
+    for name in ("model", "lora_rank", "lora_alpha", "seed"):
+        ours, theirs = getattr(cfg, name), then.get(name)
+        if ours != theirs and (name != "model" or Path(ours).name != Path(str(theirs)).name):
+            raise BadInput(f"--{name} {ours}: must be {theirs}, as in the run of {folder}")
+    if cfg.ema_decay and not then.get("ema_decay"):
+        raise BadInput(f"--ema_decay {cfg.ema_decay}: must be 0, as {folder} holds no average")
+    if cfg.steps < step:
+        raise BadInput(f"--steps {cfg.steps}: must be at least {step}, where {folder} goes on from")
+    return folder
+
+
+# ------------------------------------------------------------------------------------------ models
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def cache_folder(cfg):
@@ -691,25 +799,29 @@ def encode_prompts(cfg, prompts, device):
     """{prompt: file with T5's tokens (S, D) and CLIP's vector (D')}. A prompt is encoded once and
     kept in the cache; the encoders are freed again."""
     from diffusers import FluxPipeline
+    from diffusers.utils import logging
 
+    logging.set_verbosity_error()  # else what is cut from a prompt is printed as it is
     index = Path(cfg.model) / "model_index.json"
     about = cfg.model, index.exists() and index.stat().st_mtime, cfg.text_length, cfg.dtype
     names = (hashlib.sha256(f"{about} {prompt}".encode()).hexdigest()[:32] for prompt in prompts)
     folder = cache_folder(cfg) / "text"
     files = {prompt: folder / f"{name}.safetensors" for prompt, name in zip(prompts, names)}
-    missing, rest = [p for p in prompts if not files[p].exists()], dict(transformer=None, vae=None)
-    if missing:
-        folder.mkdir(parents=True, exist_ok=True)
-        pipe = FluxPipeline.from_pretrained(cfg.model, **rest, dtype=DTYPES[cfg.dtype]).to(device)
-        lengths = map(len, pipe.tokenizer_2(missing, truncation=False).input_ids)
-        if long := sum(length > cfg.text_length for length in lengths):
-            print(f"{long} of {len(missing)} new prompts have more than {cfg.text_length} tokens "
-                  "and are cut")
-    for prompt in missing:  # one by one: no prompt's bits depend on its neighbours
-        tokens, pooled, _ = pipe.encode_prompt(prompt, None, max_sequence_length=cfg.text_length)
-        work = folder / f"{os.getpid()}-{os.environ.get('RANK')}.tmp"  # nobody sees half a file
-        save_file(dict(tokens=tokens[0].cpu(), pooled=pooled[0].cpu()), work)
-        os.replace(work, files[prompt])
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # one process works, the others find it done
+        if missing := [prompt for prompt in prompts if not files[prompt].exists()]:
+            pipe = FluxPipeline.from_pretrained(
+                cfg.model, transformer=None, vae=None, dtype=DTYPES[cfg.dtype],
+                use_safetensors=True).to(device)
+            lengths = map(len, pipe.tokenizer_2(missing, truncation=False).input_ids)
+            if long := sum(length > cfg.text_length for length in lengths):
+                print(f"{long} of {len(missing)} new prompts have more than {cfg.text_length} "
+                      "tokens and are cut")
+        for prompt in missing:  # one by one: no prompt's bits depend on its neighbours
+            tokens, pooled, _ = pipe.encode_prompt(
+                prompt, None, max_sequence_length=cfg.text_length)
+            with whole(files[prompt]) as path:
+                save_file(dict(tokens=tokens[0].cpu(), pooled=pooled[0].cpu()), path)
     return files
 
 
@@ -728,13 +840,16 @@ def read_config(cfg):
     """What the transformer's config.json says, before anything is loaded."""
     from diffusers import FluxTransformer2DModel
 
-    return FluxTransformer2DModel.load_config(cfg.model, subfolder="transformer")
+    with refusing(f"--model {cfg.model}: cannot be read; accept the licence on its page, then "
+                  "`hf auth login`, or give a folder"):
+        return FluxTransformer2DModel.load_config(cfg.model, subfolder="transformer")
 
 
 def load_vae(cfg, device):
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(cfg.model, subfolder="vae", dtype=DTYPES[cfg.dtype])
+    vae = AutoencoderKL.from_pretrained(
+        cfg.model, subfolder="vae", dtype=DTYPES[cfg.dtype], use_safetensors=True)
     return vae.to(device).requires_grad_(False)
 
 
@@ -749,15 +864,15 @@ def load_transformer(cfg, device):
 
     dtype, kind = DTYPES[cfg.dtype] if cfg.lora_rank else torch.float32, FluxTransformer2DModel
     if not dist.is_initialized() or dist.get_rank() == 0:
-        whole = kind.from_pretrained(cfg.model, subfolder="transformer", dtype=dtype)
-        whole = prepare_policy(whole, cfg)
+        loaded = prepare_policy(kind.from_pretrained(
+            cfg.model, subfolder="transformer", dtype=dtype, use_safetensors=True), cfg)
     if not dist.is_initialized():
-        return whole.to(device)
+        return loaded.to(device)
     with torch.device("meta"):
         transformer = prepare_policy(kind.from_config(read_config(cfg)).to(dtype), cfg)
     shard(transformer, device, DTYPES[cfg.dtype])
     transformer.to_empty(device=device)
-    weights = whole.state_dict() if dist.get_rank() == 0 else {}
+    weights = loaded.state_dict() if dist.get_rank() == 0 else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(transformer, weights, options=options)
     return transformer
@@ -889,31 +1004,34 @@ def export(transformer, cfg, folder):
     weights = get_model_state_dict(transformer, options=options)
     if not weights:  # not on rank 0
         return
-    if cfg.lora_rank:
-        about = transformer.peft_config["default"].to_dict()  # alpha, which is in no weight
-        FluxPipeline.save_lora_weights(
-            folder, get_peft_model_state_dict(transformer, weights),
-            transformer_lora_adapter_metadata=about)
-    else:
-        with torch.device("meta"):  # FSDP has renamed the class of the trained one
-            config = FluxTransformer2DModel.from_config(transformer.config)
-        config.save_config(folder / "transformer")
-        save_torch_state_dict(
-            weights, folder / "transformer", max_shard_size="10GB",
-            filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+    with whole(folder) as work:
+        if cfg.lora_rank:
+            about = transformer.peft_config["default"].to_dict()  # alpha, which is in no weight
+            FluxPipeline.save_lora_weights(
+                work, get_peft_model_state_dict(transformer, weights),
+                transformer_lora_adapter_metadata=about)
+        else:
+            with torch.device("meta"):  # FSDP has renamed the class of the trained one
+                config = FluxTransformer2DModel.from_config(transformer.config)
+            config.save_config(work / "transformer")
+            save_torch_state_dict(
+                weights, work / "transformer", max_shard_size="10GB",
+                filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
 
 
 # ------------------------------------------------------------------------------------- checkpoints
 
 def training_state(policy):
-    """What a run needs to go on as if it had not stopped, on the CPU; of each weight a shard."""
+    """What a run needs to go on as if it had not stopped, on the CPU; of each weight a shard. And
+    the optimizer's settings, which come from the flags."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     options = StateDictOptions(ignore_frozen_params=True, cpu_offload=True)
-    weights, moments = get_state_dict(policy.transformer, policy.optimizer, options=options)
+    weights, optimizer = get_state_dict(policy.transformer, policy.optimizer, options=options)
     average = {name: mean.cpu() for name, mean in policy.average.items()}
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # with one process it is
-    return dict(weights=weights, moments=moments, average=average)
+    state = dict(weights=weights, moments=optimizer["state"], average=average)
+    return state, optimizer["param_groups"]
 
 
 @cache
@@ -923,16 +1041,23 @@ def host_group():
 
 
 def save_checkpoint(folder, policy, keep_last, rank):
-    """Written under another name until all of it is there; older ones are removed."""
+    """Written under another name until all of it is there; older ones are removed. A checkpoint is
+    safetensors files, as anything else in torch would be pickles, which can run code."""
     import torch.distributed.checkpoint as dcp
 
-    work = folder.parent / "saving"
-    dcp.save(training_state(policy), checkpoint_id=work, process_group=host_group(),
-             no_dist=not dist.is_initialized())
-    if rank == 0 and not folder.exists():
-        os.rename(work, folder)
-        for old in sorted(folder.parent.glob("step_*"))[:-keep_last]:
-            shutil.rmtree(old)
+    work = folder.with_name(f"writing-{folder.name}")
+    try:
+        dcp.save(training_state(policy)[0], process_group=host_group(),
+                 storage_writer=dcp.HuggingFaceStorageWriter(work, save_distributed=True),
+                 no_dist=not dist.is_initialized())
+    except BaseException:
+        remove(work)
+        raise
+    if rank == 0:
+        publish(work, folder)
+        for old in checkpoints(folder.parent.parent)[:-keep_last]:
+            os.rename(old, work)
+            remove(work)
 
 
 def load_checkpoint(folder, policy):
@@ -940,54 +1065,35 @@ def load_checkpoint(folder, policy):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-    state = training_state(policy)
-    dcp.load(state, checkpoint_id=folder, process_group=host_group(),
-             no_dist=not dist.is_initialized())
+    state, groups = training_state(policy)
+    try:
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(folder),
+                 process_group=host_group(), no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise BadInput(f"--resume {folder}: must hold this policy ({cause})") from None
+    moments = dict(state=state["moments"], param_groups=groups)
     set_state_dict(policy.transformer, policy.optimizer, model_state_dict=state["weights"],
-                   optim_state_dict=state["moments"], options=StateDictOptions(strict=False))
+                   optim_state_dict=moments, options=StateDictOptions(strict=False))
     for name, mean in policy.average.items():
         mean.copy_(state["average"][name])
     return int(folder.name.removeprefix("step_"))
 
 
-def find_checkpoint(cfg):
-    """The folder to go on from, if there is one; its run must have had the same kind of policy."""
-    there = sorted(Path(cfg.out, "checkpoints").glob("step_*")) if cfg.out else []
-    if cfg.resume == "none" or cfg.resume == "auto" and not there:
-        return None
-    folder = there[-1] if cfg.resume == "auto" else Path(cfg.resume)
-    try:
-        (folder / ".metadata").stat()
-        then = json.loads((folder.parent.parent / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--resume {cfg.resume}: must be auto, none, or a folder such as "
-                       f"RUN/checkpoints/step_00020 ({error})") from None
-    for name in ("model", "lora_rank", "lora_alpha", "seed"):
-        if then.get(name) != getattr(cfg, name):
-            raise BadInput(f"--{name} {getattr(cfg, name)}: must be {then.get(name)}, as in the "
-                           f"run of {folder}")
-    if cfg.ema_decay and not then.get("ema_decay"):
-        raise BadInput(f"--ema_decay {cfg.ema_decay}: must be 0, as {folder} holds no average")
-    return folder
-
-
 # --------------------------------------------------------------------------------------- tiny FLUX
 
 def tiny_models(cfg):
-    """The folder of the tiny models. The first run builds them, under another name until all is
-    there; the name changes with the code that builds."""
+    """The folder of the tiny models. The first process builds them, the others wait; the name
+    changes with the code that builds."""
     recipe = (build_tiny, build_tiny_vae, build_tiny_text, build_tiny_flux, reward.build_tiny_hps,
               reward.draw, reward.fit)
     text = "".join(map(inspect.getsource, recipe)) + str((reward.COLORS, reward.TINY_CLIP))
     folder = cache_folder(cfg) / f"tiny-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    if not folder.exists() and int(os.environ.get("RANK", 0)) == 0:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="building-", dir=folder.parent) as work:
-            build_tiny(Path(work) / "tiny")
-            if not folder.exists():  # else another run was faster
-                os.rename(Path(work) / "tiny", folder)
-    if dist.is_initialized():
-        dist.barrier()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / "lock"):
+        if not folder.exists():
+            with whole(folder) as work:
+                build_tiny(work)
     return folder
 
 
@@ -1092,7 +1198,7 @@ def evaluate(predict, vae, rewards, encoded, prompts, shape, cfg, device, rank, 
     x = pack_latents(torch.stack([randn(shape, 0, HELD_OUT, i) for i in mine])).to(device)
     trajectory = rollout(predict, x, batch_text(encoded, names, device), None, cfg, eta=0)
     images = decode(vae, trajectory.x0, shape[1:], cfg.micro_batch)
-    scores = score(rewards, images, names)
+    scores = score(rewards, images, names, "an evaluation")
     total = sum(weight * scores[name] for name, (weight, _) in rewards.items())
     right = torch.full_like(total, float("nan"))
     if "hps" in rewards and set(names) <= set(reward.TINY_PROMPTS):
@@ -1135,14 +1241,17 @@ def draw_grid(path, step, e, most=24):
         axes.axis("off")
         if i < count:
             axes.imshow(e.images[i].permute(1, 2, 0).numpy())
-            text = f"{e.prompts[i][:20]}\n{e.rewards[i]:.3f}"
+            text = f"{reward.plain(e.prompts[i][:20])}\n{e.rewards[i]:.3f}"
             axes.set_title(text, y=-0.38, fontsize=8, parse_math=False)
-    figure.savefig(path)
+    warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks become boxes
+    with whole(path) as work:
+        figure.savefig(work)
 
 
 def side_by_side(path, pictures):
     parts = [np.asarray(Image.open(picture).convert("RGB")) for picture in pictures]
-    Image.fromarray(np.concatenate(parts, axis=1)).save(path)
+    with whole(path) as work:
+        Image.fromarray(np.concatenate(parts, axis=1)).save(work)
 
 
 def draw_curves(path, curves, grids=()):
@@ -1160,7 +1269,8 @@ def draw_curves(path, curves, grids=()):
         panels[i].set_title(label, parse_math=False)
         panels[i].imshow(imread(grid))
         panels[i].axis("off")
-    figure.savefig(path)
+    with whole(path) as work:
+        figure.savefig(work)
 
 
 def describe_run(cfg, device):
@@ -1170,30 +1280,90 @@ def describe_run(cfg, device):
     return asdict(cfg) | {"machine": reward.describe(device), "versions": versions}
 
 
-def choose_folder(cfg):
-    """--out, or the first free one of runs/MODEL, runs/MODEL-2, ...; the same in all processes."""
+@contextmanager
+def run_folder(cfg, rank):
+    """--out, or the first free one of runs/MODEL, runs/MODEL-2, ...: ours alone until the end.
+    What stops the run ends in one line that says where the same command goes on from."""
     ends, model = ("", *(f"-{i}" for i in range(2, 10_000))), Path(cfg.model).name
-    names = (Path("runs") / (model + end) for end in ends)
-    out = Path(cfg.out) if cfg.out else next(path for path in names if not path.exists())
+    names = [cfg.out] if cfg.out else [f"runs/{model}{end}" for end in ends]
+    out = lock = None
+    for out in map(Path, names if rank == 0 else ()):
+        with refusing(f"--out {out}: must be a folder that can be written to, and that no other "
+                      "run is at work in"):
+            out.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(out / "lock", timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:
+                if cfg.out:
+                    raise
+            if lock.is_locked and (cfg.out or not (out / "config.json").exists()):
+                break
     if dist.is_initialized():
-        dist.barrier()  # nobody makes it before everybody has looked
-    return out
+        dist.broadcast_object_list(found := [out], group=host_group())
+        out = found[0]
+    try:
+        yield out
+    except BaseException as error:
+        there, cause = checkpoints(out), name_cause(error, out)
+        if isinstance(error, BadInput):
+            rest = f"; the last checkpoint is {there[-1]}" if there else ""
+            raise BadInput(f"{error}{rest}") from None
+        if cause is None:
+            raise
+        rest = f"; the same command goes on from {there[-1]}" if there else ""
+        raise Stopped(f"{cause}{rest}") from error
+    finally:
+        if lock:
+            lock.release()
+
+
+def name_cause(error, out):
+    """One line for what stopped a run; None for what deserves a traceback."""
+    if hasattr(error, "failures"):  # torch's CheckpointException, {rank: (error, traceback)}
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory: a lower --micro_batch needs less, and so does --lora_rank ({error})"
+    if isinstance(error, (OSError, SafetensorError)):
+        return f"--out {out}, or another file: {error}"
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        return f"another process has ended, see its message ({str(error).strip()[:80]})"
+    return str(error) if isinstance(error, FloatingPointError) else None
 
 
 def open_run(out, facts, checkpoint, last):
     """Make the folder and config.json; returns the lines of metrics.jsonl up to step `last`, of the
     run that the checkpoint is from."""
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    (out / "checkpoints").mkdir(exist_ok=True)
-    (out / "config.json").write_text(json.dumps(facts, indent=1))
-    for name in ("metrics.jsonl", "images/step_00000.png"):
-        if checkpoint and checkpoint.parent.parent.resolve() != out.resolve():
-            shutil.copy(checkpoint.parent.parent / name, out / name)
-    path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines() if last else []
-    history = [line for line in map(json.loads, lines) if line["step"] <= last]
-    path.write_text("".join(json.dumps(line) + "\n" for line in history))
+    for name in ("images", "checkpoints"):
+        (out / name).mkdir(exist_ok=True)
+    for half in [*out.glob("**/writing-*"), *out.glob("**/old-*")]:  # of a run that was killed
+        remove(half)
+    source = checkpoint.parent.parent if checkpoint else out
+    if checkpoint:
+        then = json.loads((source / "config.json").read_text())
+        changes = [f"{name} {then[name]} -> {facts[name]}" for name in COMMENTS
+                   if name in then and then[name] != facts[name] and name not in OWN]
+        print(f"going on from {checkpoint}" + "".join(f", {change}" for change in changes))
+    start = "images/step_00000.png"
+    if source.resolve() != out.resolve() and (source / start).exists():
+        shutil.copy(source / start, out / start)
+    with whole(out / "config.json") as path:
+        path.write_text(json.dumps(facts, indent=1))
+    history = read_metrics(source / "metrics.jsonl", last)
+    with whole(out / "metrics.jsonl") as path:
+        path.write_text("".join(json.dumps(line) + "\n" for line in history))
     return history
+
+
+def read_metrics(path, last):
+    """The lines up to step `last`; what is after them, or cut off, will be written again."""
+    history = []
+    for text in path.read_text().splitlines() if last and path.exists() else ():
+        try:
+            history.append(json.loads(text))
+        except ValueError:
+            break
+    return [line for line in history if line["step"] <= last]
 
 
 def write_line(out, line, board):
@@ -1215,7 +1385,7 @@ def describe_step(cfg, policy, grid, world):
         FluxTransformer2DModel.from_config(config)(
             torch.empty(1, L, config.in_channels), torch.empty(1, S, config.joint_attention_dim),
             torch.empty(1, config.pooled_projection_dim), torch.empty(1), torch.empty(L, 3),
-            torch.empty(S, 3), torch.empty(1))
+            torch.empty(S, 3), torch.empty(1) if config.guidance_embeds else None)
     call = counter.get_total_flops() / 1e12
     # backward: to the inputs as much as forward, to the weights again, unless they are frozen
     trained = 2 + (not cfg.lora_rank) + cfg.gradient_checkpointing + bool(cfg.kl_beta)
@@ -1233,13 +1403,13 @@ def describe_step(cfg, policy, grid, world):
         f"weights, gradients, moments: {held / 2**30:.3g} GiB a process; activations come on top")
 
 
-def open_board(out):
+def open_board(out, first):
     """TensorBoard's writer, if it is installed: the same numbers and grids as in the files."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(out / "tensorboard")
+    return SummaryWriter(out / "tensorboard", purge_step=first + 1)
 
 
 def summarize(step, rewards, scores, stats, cfg, device):
@@ -1251,6 +1421,23 @@ def summarize(step, rewards, scores, stats, cfg, device):
     table = gather(torch.tensor([[float(v) for v in values.values()]], device=device)).cpu()
     line = dict(zip(values, table.mean(0).tolist())) | {"ratio_off": table[:, -1].max().item()}
     return {"step": step} | {name: float(f"{value:.7g}") for name, value in line.items()}
+
+
+def find_trouble(history, patience=20):
+    """What the last lines of metrics.jsonl warn of, as text, or None."""
+    recent = history[-patience:]
+    if len(history) % patience == 0 and all(line["flat"] == 1 for line in recent):
+        return (f"in {patience} steps all images of a group scored the same: the reward does not "
+                "tell them apart, and nothing is learnt")
+    rewards = [line["reward"] for line in history[-5 * patience:]]
+    if len(rewards) < 5 * patience or len(history) % patience:
+        return None
+    then, now = np.array_split(np.array(rewards), 2)
+    error = math.sqrt(then.var() / len(then) + now.var() / len(now))
+    if now.mean() < then.mean() - 3 * error:
+        return (f"the reward has fallen for {len(rewards)} steps, from {then.mean():.4f} to "
+                f"{now.mean():.4f}: a lower --learning_rate or a --kl_beta may help")
+    return None
 
 
 def compare_runs(*folders):
@@ -1307,25 +1494,39 @@ def read_command_line(argv):
     return Config(**(TINY if given.get("model", "tiny") == "tiny" else {}) | given)
 
 
+# settings of a run's machine and of its own files
+OWN = ("device", "out", "cache", "resume", "record", "deterministic")
+
+
 def read_settings(folder):
-    """The settings of a recorded run, but for those of its machine and its own files."""
-    own = ("device", "out", "cache", "resume", "record", "deterministic")
-    try:
+    """The settings of a recorded run, but for its own."""
+    with refusing(f"--replay {folder}: must be a folder of --record"):
         (Path(folder) / "step_00001_rank_0.safetensors").stat()
         settings = json.loads((Path(folder) / "config.json").read_text())
-        return {name: settings[name] for name in COMMENTS if name in settings and name not in own}
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"--replay {folder}: must be a folder of --record ({error})") from None
+        return {name: Config.__annotations__[name](settings[name]) for name in COMMENTS
+                if name in settings and name not in OWN}
 
 
-def score(rewards, images, prompts):
-    """{name: scores (B,) fp32 on the CPU} of every reward."""
+def score(rewards, images, prompts, moment):
+    """{name: scores (B,) fp32 on the CPU} of every reward; moment: for messages."""
+    if not images.isfinite().all():
+        raise FloatingPointError(f"an image of {moment} is not finite: the policy or its VAE has "
+                                 "overflown; --dtype fp32 may tell which")
     scores = {}
     for name, (_, function) in rewards.items():
-        r = scores[name] = torch.as_tensor(function(images, prompts)).detach().float().cpu()
-        if r.shape != (len(images),) or not r.isfinite().all():
-            raise BadInput(f"--reward {name}: must return {len(images)} finite numbers for as many "
-                           f"images, but gave {tuple(r.shape)}: {r.flatten()[:3].tolist()} ...")
+        try:
+            r = scores[name] = torch.as_tensor(function(images, prompts)).detach().float().cpu()
+        except Exception as error:  # whatever a function of the user's raises
+            raise BadInput(f"--reward {name}: must score {len(images)} images, but raised "
+                           f"{type(error).__name__} ({error}) in {moment}, prompts {prompts[0]!r} "
+                           "...") from error
+        if r.shape != (len(images),):
+            raise BadInput(f"--reward {name}: must return {len(images)} numbers for as many "
+                           f"images, but gave {tuple(r.shape)} in {moment}, prompts "
+                           f"{prompts[0]!r} ...")
+        if (bad := (~r.isfinite()).nonzero().flatten().tolist()):
+            raise BadInput(f"--reward {name}: must return finite numbers, but gave {r[bad[0]]} in "
+                           f"{moment} for the prompt {prompts[bad[0]]!r}")
     return scores
 
 
@@ -1344,7 +1545,7 @@ def train_step(step, chosen, policy, vae, rewards, encoded, shape, cfg, device):
     TAPE.note("logp", trajectory.logp[:, list(random_steps(step, cfg))])
     images = TAPE.note("images", decode(vae, trajectory.x0, shape[1:], cfg.micro_batch))
     times.append(clock(device))
-    scores = score(rewards, images, names)
+    scores = score(rewards, images, names, f"step {step + 1}")
     TAPE.note("reward", *scores.values())
     times.append(clock(device))
     advantages = sum(w * group_advantages(scores[name], G) for name, (w, _) in rewards.items())
@@ -1362,24 +1563,43 @@ def train_step(step, chosen, policy, vae, rewards, encoded, shape, cfg, device):
     return scores, stats, seconds
 
 
-SIGNALS = []  # what asked us to stop
+@contextmanager
+def stop_requests():
+    """A list of the SIGINTs and SIGTERMs that came: a step ends first, and is saved. A second one
+    is not so patient."""
+    came = []
 
+    def note(number, _):
+        came.append(number)
+        signal.signal(number, signal.SIG_DFL)
 
-def stop_after_step(number, _):
-    SIGNALS.append(number)
-    signal.signal(number, signal.SIG_DFL)  # a second one is not so patient
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv=None):
-    cfg = asked = read_command_line(argv)
+    cfg = read_command_line(argv)
     if cfg.compare:
         sys.exit(0 if compare_runs(*cfg.compare) else 3)
-    prompts, checkpoint = check_files(cfg), find_checkpoint(cfg)
+    prompts, checkpoint = check_files(cfg)
     if cfg.deterministic:
         reward.make_deterministic(cfg.seed)
     device, rank, world = start(cfg.device)
-    out = choose_folder(cfg)
-    cfg, rewards = prepare(cfg, device)
+    with run_folder(cfg, rank) as out:
+        verdict = train(cfg, prompts, checkpoint, out, device, rank, world)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if verdict.endswith("OFF"):
+        sys.exit(3)
+
+
+def train(asked, prompts, checkpoint, out, device, rank, world):
+    """The run, from loading to export; returns what a replay has to say."""
+    cfg, rewards = prepare(asked, device)
     facts = describe_run(replace(asked, dtype=cfg.dtype), device)
     TAPE.start(cfg, facts, device, rank, world)
     shown, plan = prompts[:cfg.eval_images], plan_prompts(prompts, cfg, rank, world)
@@ -1391,7 +1611,7 @@ def main(argv=None):
     policy = make_policy(cfg, shape[1:], device)
     first = load_checkpoint(checkpoint, policy) if checkpoint else 0
     history = open_run(out, facts, checkpoint, first) if rank == 0 else []
-    board = open_board(out) if rank == 0 else None
+    board = open_board(out, first) if rank == 0 else None
     if rank == 0:
         print(describe_step(cfg, policy, shape[1:], world), flush=True)
     bar = tqdm(total=cfg.steps, initial=first, desc="GRPO", unit="step", disable=rank > 0,
@@ -1408,54 +1628,55 @@ def main(argv=None):
 
     bad, past = 0, history[-1] if history else {}
     held_out = {name: past[name] for name in ("held_out", "accuracy") if name in past}
-    for step in range(first, cfg.steps):
-        if step % cfg.eval_every == 0:
-            held_out = look(step)
-        scores, stats, seconds = train_step(
-            step, plan[step], policy, vae, rewards, encoded, shape, cfg, device)
-        line = summarize(step + 1, rewards, scores, stats, cfg, device) | held_out | seconds
-        history.append(line)
-        if rank == 0:
-            write_line(out, line, board)
-        bar.set_postfix_str(
-            "reward {reward:.3f}+-{spread:.3f} ratio {ratio:.6f} (off {ratio_off:.0e}) clipped "
-            "{clipped:.0%} grad {grad_norm:.2f} | {rollout_s:.1f}+{reward_s:.1f}+{update_s:.1f} s"
-            .format(**line), refresh=False)
-        bar.update()
-        bad = bad + 1 if stats["skipped"] else 0
-        if bad == 3:
-            raise FloatingPointError(
-                f"the gradient was not finite in steps {step - 1} to {step + 1}: the last good "
-                f"checkpoint is in {out}/checkpoints; a lower --learning_rate may help")
-        stopping = gather(torch.tensor([float(len(SIGNALS))], device=device)).sum() > 0
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stopping:
-            folder = out / "checkpoints" / f"step_{step + 1:05d}"
-            save_checkpoint(folder, policy, cfg.keep_last, rank)
-        if stopping:
-            sys.exit(130 if signal.SIGINT in SIGNALS else 0)
-    bar.close()
+    with bar, stop_requests() as signals:
+        for step in range(first, cfg.steps):
+            if step % cfg.eval_every == 0:
+                held_out = look(step)
+            scores, stats, seconds = train_step(
+                step, plan[step], policy, vae, rewards, encoded, shape, cfg, device)
+            line = summarize(step + 1, rewards, scores, stats, cfg, device) | held_out | seconds
+            history.append(line)
+            if rank == 0:
+                write_line(out, line, board)
+                if trouble := find_trouble(history):
+                    bar.write(f"step {step + 1}: {trouble}")
+            bar.set_postfix_str(
+                "reward {reward:.3f}+-{spread:.3f} ratio {ratio:.6f} (off {ratio_off:.0e}) clipped "
+                "{clipped:.0%} grad {grad_norm:.2f} | {rollout_s:.1f}+{reward_s:.1f}+{update_s:.1f}"
+                " s".format(**line), refresh=False)
+            bar.update()
+            bad = bad + 1 if stats["skipped"] else 0
+            if bad == 3:
+                raise FloatingPointError(
+                    f"the gradient was not finite in steps {step - 1} to {step + 1}; a lower "
+                    "--learning_rate may help")
+            stopping = gather(torch.tensor([float(len(signals))], device=device)).sum() > 0
+            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stopping:
+                folder = out / "checkpoints" / f"step_{step + 1:05d}"
+                save_checkpoint(folder, policy, cfg.keep_last, rank)
+            if stopping:
+                sys.exit(130 if signal.SIGINT in signals else 0)
     last = look(cfg.steps)
     with averaged(policy):
         export(policy.transformer, cfg, out / "export")
     if rank == 0:
-        side_by_side(out / "before_after.png", [out / "images" / f"step_{step:05d}.png"
-                                                for step in (0, cfg.steps)])
-        print(f"before: {headline(**history[0])}; after: {headline(**last)} ({cfg.eval_images} "
-              f"images)\nlook at {out}/before_after.png and {out}/reward.png; for diffusers: "
-              f"{out}/export")
+        grids = [out / "images" / f"step_{step:05d}.png" for step in (0, cfg.steps)]
+        side_by_side(out / "before_after.png", [grid for grid in grids if grid.exists()])
+        print(f"before: {headline(**[*history, last][0])}; after: {headline(**last)} "
+              f"({cfg.eval_images} images)\nlook at {out}/before_after.png and {out}/reward.png; "
+              f"for diffusers: {out}/export")
     verdict = TAPE.verdict() if cfg.replay else ""
     if rank == 0 and verdict:
         print(verdict)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if verdict.endswith("OFF"):
-        sys.exit(3)
+    return verdict
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop_after_step)
     try:
         main()
     except BadInput as problem:
         reward.refuse(problem)
+    except Stopped as problem:
+        reward.refuse(problem, status=1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -20,6 +20,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,10 +37,47 @@ class BadInput(ValueError):
     """What the user gave cannot work; the text is the one line they will read."""
 
 
-def refuse(message):
+def plain(text):
+    """Text for a terminal: characters that would steer it are spelled out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def refuse(message, status=2):
     """End the program as for every bad input: one line on stderr, exit status 2."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    sys.exit(2)
+    line = plain(" ".join(str(message).split()))
+    line = line if len(line) < 800 else f"{line[:400]} ... {line[-400:]}"
+    print("error:", line, file=sys.stderr)
+    sys.exit(status)
+
+
+# ------------------------------------------------------------------------------------------- files
+
+def remove(path):
+    """Remove a file or a folder, if there is one."""
+    shutil.rmtree(path, ignore_errors=True)
+    Path(path).unlink(missing_ok=True)
+
+
+def publish(work, path):
+    """Give a complete file or folder its name; what had that name makes way in one piece."""
+    old = path.with_name(f"old-{path.name}")
+    if path.is_dir():
+        os.rename(path, old)
+    os.replace(work, path)
+    remove(old)
+
+
+@contextmanager
+def whole(path):
+    """A name to write to: what was written appears at path when all of it is there, or not."""
+    work = Path(path).with_name(f"writing-{Path(path).name}")
+    remove(work)  # of a run that was killed
+    try:
+        yield work
+    except BaseException:
+        remove(work)
+        raise
+    publish(work, Path(path))
 
 
 # ------------------------------------------------------------------------------------------ device
@@ -141,15 +179,27 @@ def read_checkpoint(path):
     return state.get("state_dict", state) if isinstance(state, dict) else state
 
 
-def new_clip(arch):
-    """A new open_clip model and its tokenizer; arch as in HPS."""
+def find_arch(arch):
+    """The name of an architecture; a .json file that describes one is made known to open_clip."""
     import open_clip  # takes seconds: imported where it is needed
 
     if str(arch).endswith(".json"):
-        open_clip.add_model_config(arch)
+        try:
+            json.loads(Path(arch).read_text())
+            open_clip.add_model_config(arch)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{arch}: must be a model description of open_clip ({error})") from None
         arch = Path(arch).stem
     if arch not in open_clip.list_models():
         raise BadInput(f"{arch}: must be a model that open_clip knows; HPS-v2.1 is a ViT-H-14")
+    return arch
+
+
+def new_clip(arch):
+    """A new open_clip model and its tokenizer; arch as in HPS."""
+    import open_clip
+
+    arch = find_arch(arch)
     logging.disable(logging.WARNING)  # "no pretrained weights": they come next
     model = open_clip.create_model(arch, pretrained=None, load_weights=False)
     logging.disable(logging.NOTSET)
@@ -166,6 +216,7 @@ class HPS:
     """
 
     def __init__(self, checkpoint, arch="ViT-H-14", device="cpu", fp32=False):
+        find_arch(arch)
         state = read_checkpoint(checkpoint)
         self.model, self.tokenizer = new_clip(arch)
         # The fused attention of torch's eval mode has no NPU kernel: one path on every device.
@@ -214,11 +265,15 @@ def load_reward(name, checkpoint="", arch="ViT-H-14", device="cpu", fp32=False):
     module, function = name.split(":")
     sys.path.insert(0, os.getcwd())  # as `python -m` does, also when torchrun starts us
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise BadInput(f"--reward {name}: {error}") from None
+        found = getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever the user's module raises
+        raise BadInput(f"--reward {name}: must be a function that can be imported "
+                       f"({type(error).__name__}: {error})") from None
     finally:
         sys.path.pop(0)
+    if not callable(found):
+        raise BadInput(f"--reward {name}: must be a function, but is a {type(found).__name__}")
+    return found
 
 
 # -------------------------------------------------------------------------------------- tiny world
@@ -328,6 +383,8 @@ def find_pictures(paths):
 def read_image(path):
     """A picture file as (1, 3, H, W) float in [0, 1]; grey and transparent ones become RGB."""
     with reading(path), Image.open(path) as image:
+        if image.mode.startswith("I"):  # 16 bits of grey, which convert would cut off at 255
+            image = Image.fromarray((np.asarray(image) / 257).round().astype("uint8"))
         pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
 
@@ -346,9 +403,12 @@ def read_batches(files, most):
 def read_prompts(path, flag="--prompts"):
     """The lines of a UTF-8 file, stripped, without the empty ones."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it holds a zero byte, as UTF-16 and programs do")
+    except (OSError, ValueError) as error:
         raise BadInput(f"{flag} {path}: must be a text file in UTF-8 ({error})") from None
+    lines = text.split("\n")  # and nowhere else: a prompt may hold any other character
     if not (prompts := [line.strip() for line in lines if line.strip()]):
         raise BadInput(f"{flag} {path}: must hold a prompt a line, but is empty")
     return prompts
@@ -409,6 +469,8 @@ def main(argv=None):
 def score_pictures(args):
     if args.batch < 1:
         raise BadInput(f"--batch {args.batch}: must be at least 1")
+    if args.save and not Path(args.save).absolute().parent.is_dir():
+        raise BadInput(f"--save {args.save}: must be a file in a folder that exists")
     device, files = select_device(args.device), find_pictures(args.images)
     names = [(file.name, text) for file, text in zip(files, prompts_of(files, args.prompt,
                                                                        args.prompts))]
@@ -424,10 +486,11 @@ def score_pictures(args):
     if args.save:
         lines = [json.dumps(dict(image=image, prompt=text, score=score), ensure_ascii=False)
                  for (image, text), score in zip(names, scores)]
-        Path(args.save).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with whole(args.save) as path:
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     errors = torch.tensor(scores) - others if args.against else [None] * len(scores)
     for file, score, error in zip(files, scores, errors):
-        print(f"{score:.5f}", *([] if error is None else [f"{error:+.1e}"]), f" {file}")
+        print(f"{score:.5f}", *([] if error is None else [f"{error:+.1e}"]), f" {plain(file)}")
     if args.against:
         share = 100 / others.abs().mean().item()  # errors in percent of the mean score
         mean, worst = errors.abs().mean().item() * share, errors.abs().max().item() * share
