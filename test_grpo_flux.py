@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -762,9 +763,11 @@ def mess(tiny, tmp_path_factory):
         (folder / name / "metrics.jsonl").touch()
         return last
 
-    for name, facts in dict(run={}, lora_run=dict(lora_rank=4), seed_run=dict(seed=7),
-                            new_run=dict(sde_of_2030=1), other_run=dict(model="FLUX.1-dev")).items():
-        run(name, **facts)
+    run("run")
+    run("lora_run", lora_rank=4)
+    run("seed_run", seed=7)
+    run("new_run", sde_of_2030=1)
+    run("other_run", model="FLUX.1-dev")
     cut(run("cut_run") / "shard.safetensors")
     (run("lost_run").parent.parent / "config.json").unlink()
     (folder / "record").mkdir()
@@ -799,8 +802,8 @@ EARLY = [
         "divide the step's": "gradient_accumulation_steps=9 micro_batch=5 num_generations=11",
         "must be one of": "sde=ddpm dtype=fp16 device=tpu", "attention": "attention=nonsense",
         "hps, clip or": "reward=hsp reward=hps,hps reward=hps:0 reward=,",
-        "function": "reward=hps:nan reward=mine:none reward=nothing_here:f reward=syntax:f reward=mine:number "
-                    "reward=exits:f",
+        "function": "reward=hps:nan reward=mine:none reward=nothing_here:f reward=syntax:f "
+                    "reward=mine:number reward=exits:f",
         "file with its weights": "hps=none.pt hps=pictures",
         "text file in UTF-8": "prompts=none.txt prompts=binary.txt prompts=utf16.txt "
                               "prompts=utf16le.txt prompts=pictures",
@@ -831,10 +834,12 @@ LATE = [
     ("--hps half.pt", "broken on"), ("--hps half.safetensors", "broken on"),
     ("--hps code.pt", "broken on"), ("--hps missing.pt --hps_arch {arch}", "Missing key"),
     ("--hps more.pt --hps_arch {arch}", "Unexpected key"), ("--hps list.pt", "not the weights"),
-    ("--hps wider.pt --hps_arch {arch}", "size mismatch"), ("--hps_arch ViT-Z-1 --hps page.pt", "open_clip knows"),
+    ("--hps wider.pt --hps_arch {arch}", "size mismatch"),
+    ("--hps_arch ViT-Z-1 --hps page.pt", "open_clip knows"),
     ("--hps_arch bad.json --hps page.pt", "description"),
     ("--hps_arch none.json --hps page.pt", "description"), ("--out one.txt", "written to"),
-    ("--out one.txt/x", "written to"), ("--out /proc/x", "written to"), ("--out busy", "at work in"),
+    ("--out one.txt/x", "written to"), ("--out /proc/x", "written to"),
+    ("--out busy", "at work in"),
     ("--out run", "must hold this policy"), ("--replay record", "of 1 processes"),
     ("--model a/b --prompts one.txt --hps {hps} --hps_arch {arch}", "hf auth login"),
     *((f"--reward mine:{name}", f"an evaluation{words}") for name, words in dict(
@@ -851,7 +856,8 @@ SCORING = [
     ("pictures --prompt x --prompts one.txt", "not allowed with"),
     ("pictures --save none/x", "folder that exists"),
     ("pictures --against nan.jsonl", "--save wrote"),
-    ("pictures --against none.jsonl", "--against none.jsonl"), ("pictures --hps none.pt", "none.pt")]
+    ("pictures --against none.jsonl", "--against none.jsonl"),
+    ("pictures --hps none.pt", "none.pt")]
 
 
 @pytest.fixture
@@ -1259,8 +1265,9 @@ def test_long_run(tmp_path, heavy):
         time.sleep(0.5)
         if metrics.exists() and (step := metrics.read_bytes().count(b"\n")):
             status = Path(f"/proc/{process.pid}/status").read_text()
-            if memory := [int(x.split()[1]) / 1024 for x in status.splitlines() if x[:5] == "VmRSS"]:
-                seen[step] = memory[0], len(os.listdir(f"/proc/{process.pid}/fd"))
+            if memory := re.search(r"VmRSS:\s*(\d+)", status):
+                files = len(os.listdir(f"/proc/{process.pid}/fd"))
+                seen[step] = int(memory[1]) / 1024, files
     lines = read_metrics(tmp_path / "run")
     assert process.returncode == 0 and [line["step"] for line in lines] == list(range(1, 2001))
     seconds = [sum(line[f"{part}_s"] for part in ("rollout", "reward", "update")) for line in lines]
@@ -1268,9 +1275,9 @@ def test_long_run(tmp_path, heavy):
     late = [seen[step] for step in seen if step >= 1700]
     memory, files = ([max(row[i] for row in part) for part in (early, late)] for i in (0, 1))
     first, last = statistics.median(seconds[10:110]), statistics.median(seconds[-100:])
-    print(f"2000 steps: at most {memory[0]:.0f} MB in steps 200 to 500 and {memory[1]:.0f} MB after "
-          f"1700, {files[0]} and {files[1]} open files; median step {first:.4f} s, then {last:.4f} s "
-          f"({last / first - 1:+.1%})")
+    print(f"at most {memory[0]:.0f} MB in steps 200 to 500, {memory[1]:.0f} MB after 1700; "
+          f"{files[0]} and {files[1]} open files; median of the first hundred steps {first:.4f} s, "
+          f"of the last {last:.4f} s ({last / first - 1:+.1%})")
     assert memory[1] < 1.02 * memory[0] + 5 and files[1] <= files[0]
 
 
