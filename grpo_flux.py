@@ -1495,7 +1495,7 @@ def read_command_line(argv):
 
 
 # settings of a run's machine and of its own files
-OWN = ("device", "out", "cache", "resume", "record", "deterministic")
+OWN = ("device", "out", "cache", "resume", "record", "compare", "deterministic")
 
 
 def read_settings(folder):

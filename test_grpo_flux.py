@@ -1023,13 +1023,16 @@ FAULTY = ("--device cpu --num_prompts 1 --num_generations 2 --micro_batch 2 --sa
           "--learning_rate 1e-3").split()
 
 
+CHANGES = ("os.rename", "os.mkdir", "os.rmdir", "os.truncate")
+
+
 def kill_often(kills, ranks, seed):
     """Kill runs of some processes so often, at random moments, and go on with the same command; at
     their end compare them with one that was left alone. Prints a line for each kill.
 
-    Half of the kills come at a random time; the others up to 5 ms after a random file has been
-    opened to be written, renamed or removed, in the run's folder or the cache. Of two processes one
-    or both are killed; the other then gets what torchrun would send it.
+    A third of the kills come at a random time; the others up to 5 ms after a file in the run's
+    folder or the cache has been opened to be written, renamed or removed, each kind of file in its
+    turn. Of two processes one or both are killed; the other then gets what torchrun would send it.
     """
     rng, real = np.random.default_rng(seed), reward.fit
     folder = Path(tempfile.mkdtemp(dir="."))
@@ -1040,7 +1043,7 @@ def kill_often(kills, ranks, seed):
     reward.fit = fit
 
     def arm(doom, watched):
-        """Kill this process at its doom, (seconds or None, number of a file's event or None)."""
+        """Kill this process at its doom: in so many seconds, or at the n-th event of a kind."""
         def die(after):
             timer = threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL))
             timer.daemon = True
@@ -1048,16 +1051,18 @@ def kill_often(kills, ranks, seed):
 
         def see(event, args):
             opened = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
-            if opened or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
-                if watched in os.path.abspath(str(args[0])):
-                    os.write(counter, b".")
-                    if next(events) == doom[1]:
-                        die(0.005 * np.random.default_rng(seed).random())
+            path = os.path.abspath(str(args[0])) if opened or event in CHANGES else ""
+            if watched in path:
+                kind = re.sub(r"[0-9a-f]{8,}|\d+", "N", path.removeprefix(watched))
+                kind = f"{event} " + re.sub("(writing-tiny-N/).*", r"\1...", kind)
+                os.write(log, f"{kind}\n".encode())
+                seen.update([kind])
+                if doom == (kind, seen[kind]):
+                    die(0.005 * np.random.default_rng(seed).random())
 
-        events = iter(range(10**9))
-        counter = os.open("events", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        if doom[0] is not None:
-            die(doom[0])
+        seen, log = Counter(), os.open("events", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        if isinstance(doom, float):
+            die(doom)
         sys.addaudithook(see)
 
     def launch(flags, out, dooms):
@@ -1141,31 +1146,36 @@ def kill_often(kills, ranks, seed):
                     files[name] = path.read_bytes()
         return files
 
+    commands = [[*FAULTY, "--steps", "4"], [*FAULTY, *LORA, "--ema_decay", "0.9", "--steps", "4"]]
+    commands = commands[:1 + (kills > 3)]
     references, survived, started, chain, out = [], 0, 0, 0, folder / "now" / "run"
-    kinds = [[*FAULTY, "--steps", "4"], [*FAULTY, *LORA, "--ema_decay", "0.9", "--steps", "4"]]
-    kinds = kinds[:1 + (kills > 3)]
-    for flags in kinds:
-        start = time.monotonic()
-        assert launch(flags, out, ranks * [(None, None)]) == ranks * [0]
-        seconds, events = time.monotonic() - start, os.path.getsize("events")
-        references.append((content(out), seconds, events))
-        shutil.rmtree(out.parent)
+    for flags in commands:  # the first one builds
+        begin = time.monotonic()
+        assert launch(flags, out, ranks * [None]) == ranks * [0]
+        seconds = time.monotonic() - begin
+        counts = Counter(Path("events").read_text().splitlines())
+        references.append((content(out), [(kind, counts[kind]) for kind in rng.permutation(
+            sorted(counts))]))
+        shutil.rmtree(out)
     while survived < kills or started < survived:
-        reference, seconds, events = references[chain % len(kinds)]
-        moment = (rng.uniform(0, seconds), None)
-        if rng.random() < 0.5:
-            moment = (None, rng.integers(events))
+        if survived == started and chain % 4 == 3:
+            shutil.rmtree(out.parent, ignore_errors=True)
+        reference, turns = references[chain % len(commands)]
+        moment = rng.uniform(0, seconds)
+        if survived % 3:
+            turns.append(turns.pop(0))
+            moment = str(turns[-1][0]), int(rng.integers(min(turns[-1][1], 2))) + 1
         victims = [[0], [0, 1], [1]][rng.integers(3)] if ranks > 1 else [0]
         if survived - started > 3 or survived == kills:
             victims = []  # let it end
-        dooms = [moment if rank in victims else (None, None) for rank in range(ranks)]
-        statuses = launch(kinds[chain % len(kinds)], out, dooms)
+        dooms = [moment if rank in victims else None for rank in range(ranks)]
+        statuses = launch(commands[chain % len(commands)], out, dooms)
         check_whole(out)
         if any(statuses):
             logs = [Path(f"log_{rank}").read_text() for rank in range(ranks)]
             assert -signal.SIGKILL in statuses, logs
             survived += 1
-            place = f"in {moment[0]:.1f} s" if moment[0] else f"at event {moment[1]}"
+            place = f"at {moment}" if isinstance(moment, tuple) else f"in {moment:.1f} s"
             print(f"kill {survived} {place} of processes {victims}, exit statuses {statuses}, last "
                   f"checkpoint {[path.name for path in grpo_flux.checkpoints(out)[-1:]]}",
                   *(f"    {log.splitlines()[-1][-100:]}" for log in logs if log), sep="\n")
@@ -1175,7 +1185,7 @@ def kill_often(kills, ranks, seed):
         differ = [name for name in names if ended.get(name) != reference.get(name)]
         assert not differ, differ
         print(f"run {chain} ended after {survived - started} kills: 0 bits of difference")
-        shutil.rmtree(out.parent)
+        shutil.rmtree(out)
         chain, started = chain + 1, survived
     print(f"{survived} of {kills} kills survived, 0 bits of difference")
 
