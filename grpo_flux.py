@@ -1083,17 +1083,20 @@ def load_checkpoint(folder, policy):
 # --------------------------------------------------------------------------------------- tiny FLUX
 
 def tiny_models(cfg):
-    """The folder of the tiny models. The first process builds them, the others wait; the name
-    changes with the code that builds."""
+    """The folder of the tiny models. The first process builds them, as transformers saves nothing
+    in another one; its name changes with the code that builds."""
     recipe = (build_tiny, build_tiny_vae, build_tiny_text, build_tiny_flux, reward.build_tiny_hps,
               reward.draw, reward.fit)
     text = "".join(map(inspect.getsource, recipe)) + str((reward.COLORS, reward.TINY_CLIP))
     folder = cache_folder(cfg) / f"tiny-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / "lock"):
-        if not folder.exists():
-            with whole(folder) as work:
-                build_tiny(work)
+    if int(os.environ.get("RANK", 0)) == 0:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / "lock"):
+            if not folder.exists():
+                with whole(folder) as work:
+                    build_tiny(work)
+    if dist.is_initialized():
+        dist.barrier()
     return folder
 
 
