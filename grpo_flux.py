@@ -29,6 +29,7 @@ of an image, C channels of one, S text tokens, D channels of one; unpacked laten
 """
 
 import argparse
+import gc
 import hashlib
 import inspect
 import json
@@ -120,7 +121,7 @@ class Config:
     # checkpoints
     save_every: int = 20  # steps between two; the last step is always saved [1, 1e9]
     keep_last: int = 2  # how many stay [1, 1e9]
-    resume: str = "auto"  # auto: from the last checkpoint in --out; none; or a checkpoint's folder
+    resume: str = "auto"  # auto: from the last checkpoint in --out; none; or a folder to start from
     # pictures
     eval_every: int = 20  # steps between two image grids [1, 1e9]
     eval_images: int = 16  # ODE samples from held-out noise, scored for every grid [1, 1e5]
@@ -740,10 +741,13 @@ def checkpoints(out):
 
 def find_checkpoint(cfg):
     """The folder to go on from, if there is one; its run must have had the same kind of policy."""
-    there = checkpoints(cfg.out) if cfg.out else []
-    if cfg.resume == "none" or cfg.resume == "auto" and not there:
+    there, asked = checkpoints(cfg.out) if cfg.out else [], cfg.resume not in ("auto", "none")
+    if cfg.resume == "none" or not there and not asked:
         return None
-    folder = there[-1] if cfg.resume == "auto" else Path(cfg.resume)
+    folder = there[-1] if there else Path(cfg.resume)
+    if there and asked and Path(cfg.resume).resolve() in [path.resolve() for path in there[:-1]]:
+        raise BadInput(f"--resume {cfg.resume}: its run has gone on to {folder}; must be that one, "
+                       "or another --out")
     with refusing(f"--resume {cfg.resume}: must be auto, none, or a whole folder such as "
                   f"RUN/checkpoints/step_00020, but {folder} is not"):
         step = int(folder.name.removeprefix("step_"))
@@ -1041,8 +1045,8 @@ def host_group():
 
 
 def save_checkpoint(folder, policy, keep_last, rank):
-    """Written under another name until all of it is there; older ones are removed. A checkpoint is
-    safetensors files, as anything else in torch would be pickles, which can run code."""
+    """Written under another name until all of it is there. A checkpoint is safetensors files, as
+    anything else in torch would be pickles, which can run code."""
     import torch.distributed.checkpoint as dcp
 
     work = folder.with_name(f"writing-{folder.name}")
@@ -1055,9 +1059,15 @@ def save_checkpoint(folder, policy, keep_last, rank):
         raise
     if rank == 0:
         publish(work, folder)
-        for old in checkpoints(folder.parent.parent)[:-keep_last]:
-            os.rename(old, work)
-            remove(work)
+        thin_out(folder.parent.parent, keep_last)
+
+
+def thin_out(out, keep_last):
+    """Remove all but the last checkpoints, each in one piece."""
+    for folder in checkpoints(out)[:-keep_last]:
+        work = folder.with_name(f"old-{folder.name}")
+        os.rename(folder, work)
+        remove(work)
 
 
 def load_checkpoint(folder, policy):
@@ -1228,6 +1238,7 @@ def show(out, step, seen, history, cfg, board):
     draw_curves(out / "reward.png", {
         "rollouts (SDE)": [(line["step"], line["reward"]) for line in history],
         "held-out noise (ODE)": [*held_out, (step, seen.rewards.mean().item())]})
+    gc.collect()  # figures are cycles, and large
 
 
 def draw_grid(path, step, e, most=24):
@@ -1341,6 +1352,7 @@ def open_run(out, facts, checkpoint, last):
         (out / name).mkdir(exist_ok=True)
     for half in [*out.glob("**/writing-*"), *out.glob("**/old-*")]:  # of a run that was killed
         remove(half)
+    thin_out(out, facts["keep_last"])
     source = checkpoint.parent.parent if checkpoint else out
     if checkpoint:
         then = json.loads((source / "config.json").read_text())

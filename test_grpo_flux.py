@@ -754,8 +754,8 @@ def mess(tiny, tmp_path_factory):
     broken("pickled", lambda model: torch.save({}, (model / "vae" / weights).rename(
         model / "vae" / "diffusion_pytorch_model.bin")))
 
-    def run(name, **facts):
-        last = folder / name / "checkpoints" / "step_00004"
+    def run(name, step="step_00004", **facts):
+        last = folder / name / "checkpoints" / step
         last.mkdir(parents=True)
         save_file({"weights.x": torch.zeros(4)}, last / "shard.safetensors")
         facts = grpo_flux.asdict(settings()) | dict(model="tiny", machine="", versions={}) | facts
@@ -764,6 +764,7 @@ def mess(tiny, tmp_path_factory):
         return last
 
     run("run")
+    run("run", step="step_00003")
     run("lora_run", lora_rank=4)
     run("seed_run", seed=7)
     run("new_run", sde_of_2030=1)
@@ -822,6 +823,7 @@ EARLY = [
     ("--steps", "expected one argument"), ("--unknown 1", "unrecognized"),
     ("--step 3", "unrecognized"), ("3", "unrecognized"),
     ("--resume none --out run", "a run already"),
+    ("--resume run/checkpoints/step_00003 --out run", "has gone on to"),
     ("--out run --steps 2", "at least 4"), ("--out run --ema_decay 0.9", "holds no average"),
     ("--record a --replay record", "one of them"), ("--reward clip --clip none.pt", "its weights"),
     ("--model a/b --prompts one.txt", "--hps (not given)"),
