@@ -1246,7 +1246,7 @@ def draw_grid(path, step, e, most=24):
     from matplotlib.figure import Figure
 
     count = min(most, len(e.images))
-    columns, rows = min(count, 6), math.ceil(count / 6)
+    columns, rows = min(count, 4), math.ceil(count / 4)
     width = max(1.35 * columns, 5.5)  # room for the title
     figure = Figure((width, 1.75 * rows + 0.5), layout="constrained", dpi=100)
     text = headline(e.rewards.mean(), e.accuracy)
@@ -1263,9 +1263,14 @@ def draw_grid(path, step, e, most=24):
 
 
 def side_by_side(path, pictures):
-    parts = [np.asarray(Image.open(picture).convert("RGB")) for picture in pictures]
+    parts = [Image.open(picture).convert("RGB") for picture in pictures]
+    width = sum(part.width + 20 for part in parts)
+    sheet = Image.new("RGB", (width, max(part.height for part in parts)), "white")
+    for i, part in enumerate(parts):
+        left = sum(part.width + 20 for part in parts[:i])
+        sheet.paste(part, (left, (sheet.height - part.height) // 2))
     with whole(path) as work:
-        Image.fromarray(np.concatenate(parts, axis=1)).save(work)
+        sheet.save(work)
 
 
 def draw_curves(path, curves, grids=()):
@@ -1273,7 +1278,7 @@ def draw_curves(path, curves, grids=()):
     from matplotlib.figure import Figure
     from matplotlib.image import imread
 
-    figure = Figure((12, 10) if grids else (6, 3.6), layout="constrained", dpi=120)
+    figure = Figure((12, 10) if grids else (5.5, 4.5), layout="constrained", dpi=100)
     panels = figure.subplot_mosaic([["top", "top"], *([[0, 1]] if grids else [])])
     for label, points in curves.items():
         panels["top"].plot(*zip(*points), "o-" if len(points) < 30 else "-", label=label)
@@ -1675,11 +1680,12 @@ def train(asked, prompts, checkpoint, out, device, rank, world):
     with averaged(policy):
         export(policy.transformer, cfg, out / "export")
     if rank == 0:
-        grids = [out / "images" / f"step_{step:05d}.png" for step in (0, cfg.steps)]
-        side_by_side(out / "before_after.png", [grid for grid in grids if grid.exists()])
+        shots = [out / "images" / f"step_{step:05d}.png" for step in (0, cfg.steps)]
+        shots = [shot for shot in shots if shot.exists()]
+        side_by_side(out / "before_after.png", [*shots, out / "reward.png"])
         print(f"before: {headline(**[*history, last][0])}; after: {headline(**last)} "
-              f"({cfg.eval_images} images)\nlook at {out}/before_after.png and {out}/reward.png; "
-              f"for diffusers: {out}/export")
+              f"({cfg.eval_images} images)\nlook at {out}/before_after.png; for diffusers: "
+              f"{out}/export")
     verdict = TAPE.verdict() if cfg.replay else ""
     if rank == 0 and verdict:
         print(verdict)
