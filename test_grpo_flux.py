@@ -1580,6 +1580,67 @@ def test_deterministic_sets_every_switch(monkeypatch):
     assert torch.npu.conv.allow_hf32 is torch.npu.matmul.allow_hf32 is False
 
 
+# ------------------------------------------------------------------------------------------ README
+
+README = (HERE / "README.md").read_text()
+
+
+def test_readme_names_what_exists():
+    """A flag that was renamed, a function that moved, a count of lines that has rotted."""
+    flags = {f"--{name}" for name in grpo_flux.COMMENTS} | {
+        name for name in re.findall(r'"(--\w+)"', inspect.getsource(reward.main))}
+    torchrun = "nproc_per_node nnodes rdzv_backend rdzv_endpoint max_restarts shutdown_timeout"
+    others = {f"--{name}" for name in [*torchrun.split(), "help", "size", "extra-index-url",
+                                       "local-dir"]}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= flags | others
+    links = re.findall(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)", README)
+    assert len(links) > 20
+    for name, file, number in links:
+        line = (HERE / file).read_text().splitlines()[int(number) - 1]
+        assert re.match(rf"(def|class) {name.split('.')[-1]}\b", line), name
+    for file in ("grpo_flux.py", "reward.py", "test_grpo_flux.py"):
+        count = len((HERE / file).read_text().splitlines())
+        assert re.search(rf"`{file}`( has)? {count:,}\b", README), (file, count)
+    algorithm = inspect.getsource(grpo_flux).split("- draws\n")[0].count("\n")
+    assert f"the algorithm is the first {algorithm} of them" in README
+    packages = (HERE / "requirements.txt").read_text().splitlines()
+    assert f"{len(packages)} packages" in README
+    assert f"{', '.join(reward.DEVICES[1:3])} (Huawei Ascend) and {reward.DEVICES[3]}" in README
+    headings = [re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-")
+                for line in README.splitlines() if line.startswith("#")]
+    assert {link for link in re.findall(r"\]\(#(.*?)\)", README)} <= set(headings)
+    for name in re.findall(r'src="(.*?)"', README):
+        assert (HERE / name).is_file()
+    known = inspect.getsource(grpo_flux) + inspect.getsource(reward)
+    names = set(re.findall(r"`([a-z_]{3,}|TOLERANCES|TAPE)`", README))
+    assert {name for name in names if not re.search(rf"\b{name}\b", known)} <= {"interleave"}
+
+
+def test_readme_commands_are_those_of_ci():
+    """A first command that nobody has run since it was written."""
+    ran = (HERE / ".ci" / "run").read_text().replace(" --quiet", "")
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)[:2]
+    for command in "\n".join(blocks).replace("source .venv", "source $venv").splitlines():
+        assert command in ran or "venv" in command, command
+
+
+def test_readme_python_runs(tiny, tmp_path, monkeypatch):
+    """An example that the code has left behind."""
+    monkeypatch.chdir(tmp_path)
+    grpo_flux.main([*SHORT, *LORA, "--steps", "1", "--out", "runs/lora"])
+    small = {"black-forest-labs/FLUX.1-dev": tiny.cfg.model, '"cuda"': '"cpu"', "100_000": "1000",
+             "16, 12, 90, 90": "4, 2, 8, 8", '("a cat in a hat")':
+             '("a cat in a hat", height=32, width=32, num_inference_steps=2)'}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        for old, new in small.items():
+            block = block.replace(old, new)
+        exec(compile(block, "README.md", "exec"), {})
+    assert Path("marginals.png").is_file() and Path("cat.png").is_file()
+    assert load_file("DIR/step_00001_rank_0.safetensors")["coff_7_0"].shape == (1, 16, 64)
+
+
 # -------------------------------------------------------------------------------------------- NPU
 
 # A device that torch really calls npu, without hardware: its tensors are host memory, and every
