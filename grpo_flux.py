@@ -1264,11 +1264,11 @@ def draw_grid(path, step, e, most=24):
 
 def side_by_side(path, pictures):
     parts = [Image.open(picture).convert("RGB") for picture in pictures]
-    width = sum(part.width + 20 for part in parts)
-    sheet = Image.new("RGB", (width, max(part.height for part in parts)), "white")
-    for i, part in enumerate(parts):
-        left = sum(part.width + 20 for part in parts[:i])
+    size, left = (sum(part.width for part in parts), max(part.height for part in parts)), 0
+    sheet = Image.new("RGB", size, "white")
+    for part in parts:
         sheet.paste(part, (left, (sheet.height - part.height) // 2))
+        left += part.width
     with whole(path) as work:
         sheet.save(work)
 
@@ -1304,20 +1304,20 @@ def run_folder(cfg, rank):
     """--out, or the first free one of runs/MODEL, runs/MODEL-2, ...: ours alone until the end.
     What stops the run ends in one line that says where the same command goes on from."""
     ends, model = ("", *(f"-{i}" for i in range(2, 10_000))), Path(cfg.model).name
-    names = [cfg.out] if cfg.out else [f"runs/{model}{end}" for end in ends]
+    free = (name for name in (f"runs/{model}{end}" for end in ends)
+            if not Path(name, "config.json").exists())
     out = lock = None
-    for out in map(Path, names if rank == 0 else ()):
+    for out in map(Path, ([cfg.out] if cfg.out else free) if rank == 0 else ()):
         with refusing(f"--out {out}: must be a folder that can be written to, and that no other "
                       "run is at work in"):
             out.mkdir(parents=True, exist_ok=True)
             lock = FileLock(out / "lock", timeout=0)
             try:
                 lock.acquire()
+                break
             except Timeout:
                 if cfg.out:
                     raise
-            if lock.is_locked and (cfg.out or not (out / "config.json").exists()):
-                break
     if dist.is_initialized():
         dist.broadcast_object_list(found := [out], group=host_group())
         out = found[0]
@@ -1330,7 +1330,8 @@ def run_folder(cfg, rank):
             raise BadInput(f"{error}{rest}") from None
         if cause is None:
             raise
-        rest = f"; the same command goes on from {there[-1]}" if there else ""
+        same = "the same command" if cfg.out else f"the same command with --out {out}"
+        rest = f"; {same} goes on from {there[-1]}" if there else ""
         raise Stopped(f"{cause}{rest}") from error
     finally:
         if lock:
@@ -1366,7 +1367,8 @@ def open_run(out, facts, checkpoint, last):
         print(f"going on from {checkpoint}" + "".join(f", {change}" for change in changes))
     start = "images/step_00000.png"
     if source.resolve() != out.resolve() and (source / start).exists():
-        shutil.copy(source / start, out / start)
+        with whole(out / start) as path:
+            shutil.copy(source / start, path)
     with whole(out / "config.json") as path:
         path.write_text(json.dumps(facts, indent=1))
     history = read_metrics(source / "metrics.jsonl", last)
