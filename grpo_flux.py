@@ -1345,7 +1345,7 @@ def name_cause(error, out):
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of memory: a lower --micro_batch needs less, and so does --lora_rank ({error})"
     if isinstance(error, (OSError, SafetensorError)):
-        return f"--out {out}, or another file: {error}"
+        return f"{error}; this run writes to --out {out}"
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         return f"another process has ended, see its message ({str(error).strip()[:80]})"
     return str(error) if isinstance(error, FloatingPointError) else None

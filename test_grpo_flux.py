@@ -689,7 +689,7 @@ class Code:
         return os.mkdir, ("made-by-a-file",)
 
 
-MINE = """import torch
+JUDGES = """import torch
 number = 3
 calls = []
 def fine(images, prompts): return images.mean((1, 2, 3))
@@ -724,7 +724,7 @@ def mess(tiny, tmp_path_factory):
             "utf16le.txt": prompt.encode("utf-16-le"), "one.txt": b"a red circle",
             "crlf.txt": prompt.replace("\n", "\r\n").encode(), "page.png": b"<html>",
             "bom.txt": prompt.encode("utf-8-sig"),
-            "bad.json": b"{", "mine.py": MINE.encode(), "syntax.py": b"def", "nan.jsonl": b"{}",
+            "bad.json": b"{", "judges.py": JUDGES.encode(), "syntax.py": b"def", "nan.jsonl": b"{}",
             "exits.py": b"raise OSError('no licence')"}.items():
         (folder / name).write_bytes(content)
 
@@ -803,8 +803,8 @@ EARLY = [
         "divide the step's": "gradient_accumulation_steps=9 micro_batch=5 num_generations=11",
         "must be one of": "sde=ddpm dtype=fp16 device=tpu", "attention": "attention=nonsense",
         "hps, clip or": "reward=hsp reward=hps,hps reward=hps:0 reward=,",
-        "function": "reward=hps:nan reward=mine:none reward=nothing_here:f reward=syntax:f "
-                    "reward=mine:number reward=exits:f",
+        "function": "reward=hps:nan reward=judges:none reward=nothing_here:f reward=syntax:f "
+                    "reward=judges:number reward=exits:f",
         "file with its weights": "hps=none.pt hps=pictures",
         "text file in UTF-8": "prompts=none.txt prompts=binary.txt prompts=utf16.txt "
                               "prompts=utf16le.txt prompts=pictures",
@@ -845,10 +845,10 @@ LATE = [
     ("--out busy", "at work in"),
     ("--out run", "must hold this policy"), ("--replay record", "of 1 processes"),
     ("--model a/b --prompts one.txt --hps {hps} --hps_arch {arch}", "hf auth login"),
-    *((f"--reward mine:{name}", f"an evaluation{words}") for name, words in dict(
+    *((f"--reward judges:{name}", f"an evaluation{words}") for name, words in dict(
         text=", prompts 'a red circle'", nothing=", prompts", meta=", prompts", raises=", prompts",
         shape=", prompts", nan=" for the prompt 'a red square'").items()),
-    ("--reward mine:later", "step 3 for the prompt 'a")]
+    ("--reward judges:later", "step 3 for the prompt 'a")]
 
 # the same of reward.py
 SCORING = [
@@ -1335,13 +1335,10 @@ def test_two_ranks_resume_on_two_and_on_one(two_ranks, tmp_path):
 def test_export_is_the_trained_policy(tiny, tmp_path, rank):
     """An export that diffusers cannot read, or reads with another alpha; frozen weights that move
     or are saved."""
-    from torch.distributed.checkpoint import FileSystemReader
-
     flags = ["--lora_rank", str(rank), "--lora_alpha", "8", "--learning_rate", "1e-3"]
     grpo_flux.main([*SHORT, *flags, "--out", str(tmp_path)])
     folder = tmp_path / "checkpoints" / "step_00002"
-    names = FileSystemReader(folder).read_metadata().state_dict_metadata
-    assert not rank or all("lora" in name or "param_groups" in name for name in names)
+    assert not rank or all("lora" in name for name in load_file(next(folder.iterdir())))
     cfg = settings(lora_rank=rank, lora_alpha=8.0, model=tiny.cfg.model)
     policy = grpo_flux.make_policy(cfg, SHAPE[1:], torch.device("cpu"))
     inputs = torch.randn(2, 16, 16), torch.full((2, 1, 1), 0.6), batch_text(
