@@ -26,6 +26,7 @@ What differs from the authors' code, and why:
 
 Letters of shapes: B samples, G samples of a group (one prompt), T denoising steps, L latent tokens
 of an image, C channels of one, S text tokens, D channels of one; unpacked latents are (c, h, w).
+TAPE, met on the way, does nothing unless a run is recorded or replayed.
 """
 
 import argparse
