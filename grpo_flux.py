@@ -137,7 +137,7 @@ class Config:
             value, must = getattr(self, name), ""
             if interval := re.search(r"\[(\S+), (\S+)\]", comment):
                 low, high = map(float, interval.groups())
-                must = "" if low <= value <= high else f"must be from {low:g} to {high:g}"
+                must = "" if low <= value <= high else f"must be from {low:.10g} to {high:.10g}"
             elif choices := re.search(r"\{(.+)\}", comment):
                 must = "" if value in choices[1].split() else f"must be one of {choices[1]}"
             if name in ("height", "width") and value % 16:
@@ -1501,7 +1501,7 @@ def read_command_line(argv):
     parser = argparse.ArgumentParser(
         "grpo_flux.py", "grpo_flux.py [--flag value ...]", about, examples, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = reward.refuse
+    parser.error = lambda message: reward.refuse(f"{message}; see --help")
     for name, (default, comment) in COMMENTS.items():
         kind, tiny = Config.__annotations__[name], f", tiny {TINY[name]}" if name in TINY else ""
         options = dict(type=kind, metavar=kind.__name__.upper())

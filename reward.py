@@ -444,7 +444,7 @@ def read_scores(path, names):
 def main(argv=None):
     parser = argparse.ArgumentParser(
         "reward.py", description="Score pictures with HPS-v2.1: a line with score and file each.")
-    parser.error = refuse
+    parser.error = lambda message: refuse(f"{message}; see --help")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files, or folders")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--prompt", help="the text that all the pictures were made for")

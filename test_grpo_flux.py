@@ -868,6 +868,8 @@ def refusal(mess, tiny, monkeypatch, capfd):
     """A function of a script and its flags: the line that ends it."""
     monkeypatch.chdir(mess)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delattr("torch.npu", raising=False)
 
     def run(script, flags):
         with pytest.raises(SystemExit) as end:
