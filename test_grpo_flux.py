@@ -809,7 +809,7 @@ EARLY = [
         "text file in UTF-8": "prompts=none.txt prompts=binary.txt prompts=utf16.txt "
                               "prompts=utf16le.txt prompts=pictures",
         "is empty": "prompts=empty.txt",
-        "model_index.json": "model=nowhere model=. model=other_model model=one.txt",
+        "model_index.json": "model=nowhere model=. model=other_model model=one.txt model=\x1b[31mred",
         "config.json and whole": "model=no_vae model=cut_shard model=no_shard model=cut_config "
                                  "model=pickled",
         "folder tokenizer_2": "model=no_tokenizer", "new folder": "record=record",
@@ -881,7 +881,8 @@ def refusal(mess, tiny, monkeypatch, capfd):
         assert end.value.code == 2 and line.startswith("error: ") and line.isprintable()
         assert not any("Traceback" in text for text in before)
         assert not Path("made-by-a-file").exists()
-        assert any(word in line for word in [*flags.split(), "(not given)"])  # flag or file
+        words = [*flags.split(), "(not given)"]  # the flag, or its file
+        assert any(word in line for word in words)
         print(f"\n{flags}\n    {line}")  # shown by pytest -rP
         return line
 
@@ -1355,6 +1356,7 @@ def test_export_is_the_trained_policy(tiny, tmp_path, rank):
         assert torch.equal(start, tiny.predict(*inputs))  # adapters begin at 0
         assert not rank or policy.transformer.peft_config["default"].lora_alpha == 8
         assert grpo_flux.load_checkpoint(folder, policy) == 2
+        assert policy.optimizer.param_groups[0]["lr"] == cfg.learning_rate  # not the run's 1e-3
         trained = policy.predict(*inputs)
         loaded = partial(tiny.predict.func, pipe.transformer, **tiny.predict.keywords)(*inputs)
     assert torch.allclose(loaded, trained, atol=1e-5) and (trained - start).abs().max() > 1e-3
