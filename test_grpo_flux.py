@@ -809,7 +809,8 @@ EARLY = [
         "text file in UTF-8": "prompts=none.txt prompts=binary.txt prompts=utf16.txt "
                               "prompts=utf16le.txt prompts=pictures",
         "is empty": "prompts=empty.txt",
-        "model_index.json": "model=nowhere model=. model=other_model model=one.txt model=\x1b[31mred",
+        "model_index.json": "model=nowhere model=. model=other_model model=one.txt "
+                            "model=\x1b[31mred",
         "config.json and whole": "model=no_vae model=cut_shard model=no_shard model=cut_config "
                                  "model=pickled",
         "folder tokenizer_2": "model=no_tokenizer", "new folder": "record=record",
