@@ -1699,6 +1699,8 @@ if __name__ == "__main__":
     try:
         main()
     except BadInput as problem:
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            time.sleep(10)  # the first process has most likely found the same, and says so
         reward.refuse(problem)
     except Stopped as problem:
         reward.refuse(problem, status=1)

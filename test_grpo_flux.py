@@ -925,6 +925,14 @@ def test_refusal_from_outside(tmp_path):
 
 
 @faults
+def test_refusal_of_two_processes(tmp_path, heavy):
+    """The same line from each of eight processes, between torchrun's own."""
+    done = shell(*torchrun(2), "grpo_flux.py", "--steps", "0", cwd=tmp_path)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and lines == ["error: --steps 0: must be from 1 to 1000000000"]
+
+
+@faults
 def test_unusual_files_that_are_fine(mess, tiny, capsys):
     """A byte order mark or a carriage return in the first prompt; white for 16 bits of grey."""
     for name in ("crlf", "bom"):
