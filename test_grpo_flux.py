@@ -640,7 +640,8 @@ def test_processes_and_batches_do_not_matter(two_ranks, tmp_path):
             assert b["reward"] == pytest.approx(a["reward"], abs=1e-5)
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-4, abs=1e-6)
             assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
-        assert (others - weights).norm() < 1e-6 * weights.norm()  # moved by 4e-3 of it
+        # moved by 4e-3 of it; a pixel that rounds the other way, and its reward, by 2e-6
+        assert (others - weights).norm() < 1e-5 * weights.norm()
 
 
 def test_reward_rises(tiny, tmp_path, monkeypatch):
