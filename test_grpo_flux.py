@@ -1636,6 +1636,21 @@ def test_readme_commands_are_those_of_ci():
         assert command in ran or "venv" in command, command
 
 
+def test_functions_that_stand_alone():
+    """A copied function that needs more than README says."""
+    x, r = torch.randn(2, 4, 8), torch.rand(8)
+    calls = dict(
+        sigma_schedule=(16, 3.0), group_advantages=(r, 4), grpo_loss=(r, r, r, 0.1, 5.0),
+        pack_latents=(torch.randn(2, 4, 4, 4),), unpack_latents=(x, 4, 4), image_ids=(4, 4),
+        flux_step=(x, x, 0.5, 0.4, 0.3, "dance", x), preprocess=(torch.rand(1, 3, 9, 9),))
+    for name, arguments in calls.items():
+        original = getattr(grpo_flux, name, None) or getattr(reward, name)
+        world = dict(torch=torch, math=math, F=torch.nn.functional)
+        exec(inspect.getsource(original), world)
+        copy, expected = (tree_leaves(f(*arguments)) for f in (world[name], original))
+        assert all(torch.equal(*map(torch.as_tensor, pair)) for pair in zip(copy, expected))
+
+
 def test_readme_python_runs(tiny, tmp_path, monkeypatch):
     """An example that the code has left behind."""
     monkeypatch.chdir(tmp_path)
