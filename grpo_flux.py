@@ -61,7 +61,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import reward
-from reward import BadInput, publish, remove, whole
+from reward import BadInput, publish, refusing, remove, whole
 
 
 class Stopped(RuntimeError):
@@ -678,15 +678,6 @@ def check_files(cfg):
     return prompts, checkpoint
 
 
-@contextmanager
-def refusing(message):
-    """Whatever files and their contents make a reader raise becomes one BadInput."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        raise BadInput(f"{message} ({error})") from None
-
-
 def check_model(model):
     """Refuse a folder that is not FLUX.1, or has a part missing or cut off. Reads no weights."""
     folder = Path(model)
@@ -712,15 +703,12 @@ def check_model(model):
 
 
 def check_weights(files):
-    """Raise OSError unless all are there, and are as long as their headers say."""
+    """Refuse them unless all are there, and are as long as their headers say."""
     if not files:
         raise FileNotFoundError("there is none")
     for file in sorted(files):
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise OSError(f"{file.name}: {error}") from None
+        with refusing(file.name), safe_open(file, "pt"):
+            pass
 
 
 def check_attention(name):
@@ -729,10 +717,8 @@ def check_attention(name):
 
     with torch.device("meta"):
         probe = FluxTransformer2DModel(num_layers=1, num_single_layers=0, num_attention_heads=1)
-    try:
+    with refusing(f"--attention {name}: must be a backend that diffusers can use here"):
         probe.set_attention_backend(name)
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise BadInput(f"--attention {name}: {error}") from None
 
 
 def checkpoints(out):
@@ -1466,16 +1452,14 @@ def find_trouble(history, patience=20):
 def compare_runs(*folders):
     """Print reward and loss of two runs side by side and draw compare.png into the second; True
     if the mean rewards of every ten steps, and of all, are within 5 % of each other."""
-    try:
+    with refusing(f"--compare {' '.join(folders)}: must be the folders of two runs with steps in "
+                  "common"):
         files = [(Path(folder) / "metrics.jsonl").read_text().splitlines() for folder in folders]
         runs = [{line["step"]: (line["reward"], line["loss"]) for line in map(json.loads, lines)}
                 for lines in files]
         steps = sorted(runs[0].keys() & runs[1].keys())
         table = np.array([[run[step] for step in steps] for run in runs])
         rewards, losses = table.transpose(2, 0, 1)  # (2, steps)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"--compare {' '.join(folders)}: must be the folders of two runs with steps "
-                       f"in common ({error})") from None
     worst, parts = 0.0, [slice(i, i + 10) for i in range(0, len(steps), 10)] + [slice(None)]
     print("steps              reward A  reward B  difference    loss A    loss B")
     for part in parts:

@@ -50,6 +50,16 @@ def refuse(message, status=2):
     sys.exit(status)
 
 
+@contextmanager
+def refusing(message):
+    """Whatever it raises to read what the user gave becomes a BadInput."""
+    try:
+        yield
+    except Exception as error:  # of files and modules of the user's anything may come
+        kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
+        raise BadInput(f"{message} ({kind}{error})") from None
+
+
 # ------------------------------------------------------------------------------------------- files
 
 def remove(path):
@@ -184,11 +194,9 @@ def find_arch(arch):
     import open_clip  # takes seconds: imported where it is needed
 
     if str(arch).endswith(".json"):
-        try:
+        with refusing(f"{arch}: must be a model description of open_clip"):
             json.loads(Path(arch).read_text())
             open_clip.add_model_config(arch)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{arch}: must be a model description of open_clip ({error})") from None
         arch = Path(arch).stem
     if arch not in open_clip.list_models():
         raise BadInput(f"{arch}: must be a model that open_clip knows; HPS-v2.1 is a ViT-H-14")
@@ -265,15 +273,13 @@ def load_reward(name, checkpoint="", arch="ViT-H-14", device="cpu", fp32=False):
     module, function = name.split(":")
     sys.path.insert(0, os.getcwd())  # as `python -m` does, also when torchrun starts us
     try:
-        found = getattr(importlib.import_module(module), function)
-    except Exception as error:  # whatever the user's module raises
-        raise BadInput(f"--reward {name}: must be a function that can be imported "
-                       f"({type(error).__name__}: {error})") from None
+        with refusing(f"--reward {name}: must be a function that can be imported"):
+            found = getattr(importlib.import_module(module), function)
+            if not callable(found):
+                raise TypeError(f"it is of type {type(found).__name__}")
+            return found
     finally:
         sys.path.pop(0)
-    if not callable(found):
-        raise BadInput(f"--reward {name}: must be a function, but is a {type(found).__name__}")
-    return found
 
 
 # -------------------------------------------------------------------------------------- tiny world
@@ -359,15 +365,6 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ALLOWED = 0.015  # percent of the mean score: what ports of HPS to Ascend are held to
 
 
-@contextmanager
-def reading(path):
-    """Whatever a file that is no picture makes Pillow raise becomes a BadInput that names it."""
-    try:
-        yield
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{path}: not a picture that Pillow can read ({error})") from None
-
-
 def find_pictures(paths):
     """The files among paths, and the pictures of the folders among them, sorted by name."""
     files = []
@@ -375,14 +372,14 @@ def find_pictures(paths):
         inside = sorted(path.iterdir()) if path.is_dir() else []
         files += [file for file in inside if file.suffix.lower() in PICTURES] or [path]
     for file in files:
-        with reading(file):
+        with refusing(f"{file}: must be a picture that Pillow can read"):
             Image.open(file).close()
     return files
 
 
 def read_image(path):
     """A picture file as (1, 3, H, W) float in [0, 1]; grey and transparent ones become RGB."""
-    with reading(path), Image.open(path) as image:
+    with refusing(f"{path}: must be a picture that Pillow can read"), Image.open(path) as image:
         if image.mode.startswith("I"):  # 16 bits of grey, which convert would cut off at 255
             image = Image.fromarray((np.asarray(image) / 257).round().astype("uint8"))
         pixels = np.array(image.convert("RGB"))
@@ -402,12 +399,10 @@ def read_batches(files, most):
 
 def read_prompts(path, flag="--prompts"):
     """The lines of a UTF-8 file, stripped, without the empty ones."""
-    try:
+    with refusing(f"{flag} {path}: must be a text file in UTF-8"):
         text = Path(path).read_text(encoding="utf-8-sig")
         if "\0" in text:
             raise ValueError("it holds a zero byte, as UTF-16 and programs do")
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{flag} {path}: must be a text file in UTF-8 ({error})") from None
     lines = text.split("\n")  # and nowhere else: a prompt may hold any other character
     if not (prompts := [line.strip() for line in lines if line.strip()]):
         raise BadInput(f"{flag} {path}: must hold a prompt a line, but is empty")
@@ -433,12 +428,10 @@ def prompts_of(files, prompt, path):
 def read_scores(path, names):
     """The scores (B,) that --save wrote for the same (picture, prompt) names."""
     lines = read_prompts(path, "--against")
-    try:
+    with refusing(f"--against {path}: must hold what --save wrote for the same pictures and "
+                  "prompts"):
         scores = {(line["image"], line["prompt"]): line["score"] for line in map(json.loads, lines)}
         return torch.tensor([scores[name] for name in names])
-    except (ValueError, TypeError, KeyError) as error:
-        raise BadInput(f"--against {path}: must hold what --save wrote for the same pictures and "
-                       f"prompts ({type(error).__name__}: {error})") from None
 
 
 def main(argv=None):

@@ -855,8 +855,9 @@ LATE = [
 # the same of reward.py
 SCORING = [
     ("pictures/dot.png --device npu", "CANN"), ("pictures/dot.png --device tpu", "auto or cuda"),
-    ("cut.png", "cut.png: not a picture"), ("page.png", "not a picture"), ("none.png", "none.png"),
-    ("no_pictures", "not a picture"), ("pictures --batch 0", "at least 1"),
+    ("cut.png", "cut.png: must be a picture"), ("page.png", "must be a picture"),
+    ("none.png", "none.png"),
+    ("no_pictures", "must be a picture"), ("pictures --batch 0", "at least 1"),
     ("pictures --batch many", "invalid int"), ("pictures --prompts one.txt", "1 prompts for 4"),
     ("pictures --prompt x --prompts one.txt", "not allowed with"),
     ("pictures --save none/x", "folder that exists"),
@@ -1208,7 +1209,7 @@ def kill_often(kills, ranks, seed):
 
 @job
 def few_kills(folder):
-    return shell("test_grpo_flux.py", "--kill", "3", "1", "1", cwd=folder)
+    return shell("test_grpo_flux.py", "--kill", "3", "1", "7", cwd=folder)
 
 
 @faults
