@@ -1637,7 +1637,7 @@ def train(asked, prompts, checkpoint, out, device, rank, world):
     held_out = {name: past[name] for name in ("held_out", "accuracy") if name in past}
     with bar, stop_requests() as signals:
         for step in range(first, cfg.steps):
-            if step % cfg.eval_every == 0:
+            if step % cfg.eval_every == 0 or not held_out:
                 held_out = look(step)
             scores, stats, seconds = train_step(
                 step, plan[step], policy, vae, rewards, encoded, shape, cfg, device)

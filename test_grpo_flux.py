@@ -1335,6 +1335,18 @@ def test_resume_is_bit_for_bit(tiny, tmp_path, flags):
     assert all(torch.equal(x, parts[name]) for name, x in whole.items())
 
 
+def test_resume_without_metrics(tiny, tmp_path):
+    """A finished run that cannot be gone on with, as somebody has cleared away its pictures."""
+    flags = [*SHORT, *LORA, "--save_every", "1", "--eval_every", "5", "--out", str(tmp_path)]
+    grpo_flux.main([*flags, "--steps", "1"])
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "images" / "step_00000.png").unlink()
+    grpo_flux.main([*flags, "--steps", "1"])
+    grpo_flux.main([*flags, "--steps", "2"])
+    line, = read_metrics(tmp_path)
+    assert line["step"] == 2 and line["held_out"]
+
+
 def test_two_ranks_resume_on_two_and_on_one(two_ranks, tmp_path):
     """Shards that come back in another order, or only where as many processes read them."""
     run, again = (two_ranks[0] / name for name in ("run", "again"))
