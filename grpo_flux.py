@@ -1637,7 +1637,7 @@ def train(asked, prompts, checkpoint, out, device, rank, world):
     held_out = {name: past[name] for name in ("held_out", "accuracy") if name in past}
     with bar, stop_requests() as signals:
         for step in range(first, cfg.steps):
-            if step % cfg.eval_every == 0 or not held_out:
+            if step % cfg.eval_every == 0:
                 held_out = look(step)
             scores, stats, seconds = train_step(
                 step, plan[step], policy, vae, rewards, encoded, shape, cfg, device)
@@ -1670,7 +1670,8 @@ def train(asked, prompts, checkpoint, out, device, rank, world):
         shots = [out / "images" / f"step_{step:05d}.png" for step in (0, cfg.steps)]
         shots = [shot for shot in shots if shot.exists()]
         side_by_side(out / "before_after.png", [*shots, out / "reward.png"])
-        print(f"before: {headline(**[*history, last][0])}; after: {headline(**last)} "
+        before = next(line for line in [*history, last] if "held_out" in line)
+        print(f"before: {headline(**before)}; after: {headline(**last)} "
               f"({cfg.eval_images} images)\nlook at {out}/before_after.png; for diffusers: "
               f"{out}/export")
     verdict = TAPE.verdict() if cfg.replay else ""
