@@ -1236,7 +1236,7 @@ def test_signals_to_two_processes(victim, number, tmp_path, heavy):
     log = open(tmp_path / "log", "w")
     process = subprocess.Popen([sys.executable, *argv, "--out", "run"], cwd=tmp_path, stdout=log,
                                stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    metrics, ranks = tmp_path / "run" / "metrics.jsonl", Path(f"/proc/{process.pid}/task")
+    metrics = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and len(metrics.read_text()) > 1000):
         time.sleep(0.1)
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
