@@ -519,6 +519,73 @@ def test_moving_average():
     assert torch.equal(weight, values[3]) and torch.allclose(average["weight"], mean)
 
 
+# What DanceGRPO's own functions (15cc71d, fp32, told sigma and not int(1000 sigma)) computed in two
+# GRPO steps of 6 images and 3 optimizer steps each, for the policy v = x w + 0.3 sin(3 sigma + i).
+DANCEGRPO = {name: np.array(figures.split(), dtype=np.float32) for name, figures in dict(
+    reward="""
+        0.42739126 0.48668209 0.44580472 0.48225969 0.4566488 0.48617125 0.30387068
+        0.25368619 0.28586107 0.23054038 0.29102647 0.3009879""",
+    advantages="""
+        -1.4851539 0.90973026 -0.74139488 0.73110014 -0.30337906 0.88909626 0.89661705
+        -0.82023555 0.28049374 -1.6120727 0.45720625 0.79799485""",
+    first_logp="""
+        0.98884469 1.426424 1.1537061 1.1425065 1.2966925 1.4525263 1.1608117 1.2877618
+        1.0129161 1.2460586 1.2468963 1.3811078""",
+    loss="""
+        0.2877118 0.0052646995 -0.29223198 -0.038190767 0.66618311 -0.6271258""",
+    grad_norm="""
+        0.082764395 0.026293114 0.023101633 0.045325775 0.06406194 0.05158158""",
+    x0_sum="""
+        6.0705961 8.723246 7.2648838 8.4566955 8.7853545 10.209719 -0.19436888
+        -2.4998316 -0.98139713 -2.8375956 -1.1712507 0.31419774""",
+    weights="""
+        -0.4899995 -0.3899996 -0.3099997 -0.20999977 -0.089999899 -0.0099999849
+        0.089999907 0.2099998 0.30999967 0.38999957 0.4899995 0.58999944 0.68999928
+        0.78999919 0.88999909 1.0099989 -0.48609054 -0.38429335 -0.31248835 -0.20947316
+        -0.080263659 -0.016041527 0.083991215 0.21967971 0.31280178 0.39219147
+        0.48072407 0.58243632 0.68384856 0.78513813 0.88276201 1.0148077 -0.48623443
+        -0.37999907 -0.31775212 -0.20691103 -0.072960891 -0.021456381 0.080779575
+        0.22727911 0.30932373 0.39281425 0.47562027 0.57598752 0.68160784 0.78114706
+        0.878645 1.0115527 -0.48639166 -0.37782729 -0.32137311 -0.20172453 -0.067361794
+        -0.028165678 0.078478567 0.23081118 0.31001225 0.39428034 0.47037879 0.57556021
+        0.68051624 0.78079736 0.87967271 1.0169595 -0.49032843 -0.37765282 -0.32454714
+        -0.19537738 -0.070252925 -0.030704228 0.07562992 0.22964996 0.31503466
+        0.39676389 0.46956116 0.57817787 0.67853045 0.78014898 0.88108957 1.0199155
+        -0.49244046 -0.37983811 -0.32492036 -0.19225812 -0.070821829 -0.027744763
+        0.073171489 0.22818655 0.31878331 0.40134692 0.47272703 0.57949859 0.67853296
+        0.77879047 0.87912416 1.0243599""").items()}
+
+
+def test_dancegrpo_gives_the_same_figures(monkeypatch):
+    """A sampler, log-probability, advantage, order of training or loss that is not DanceGRPO's."""
+    cfg = grpo_flux.Config(num_generations=6, sampling_steps=6, gradient_accumulation_steps=2,
+                           micro_batch=1, timestep_fraction=0.6)
+    w, seen = torch.linspace(-0.5, 1.0, 16).requires_grad_(), defaultdict(list)
+    optimizer = torch.optim.AdamW([w], lr=1e-2, weight_decay=1e-4)
+
+    def predict(x, sigma, text):
+        return x * w + 0.3 * torch.sin(3 * sigma + torch.arange(16))
+
+    def descend(*args, descend=grpo_flux.descend, **named):
+        result = descend(*args, **named)
+        for name, value in dict(loss=result[0], grad_norm=result[-2], weights=w.tolist()).items():
+            seen[name] += value if name == "weights" else [value]
+        return result
+
+    monkeypatch.setattr(grpo_flux, "descend", descend)
+    for step, rewards in enumerate(torch.tensor(DANCEGRPO["reward"]).view(2, 6)):
+        keys, text = [(step, 0, i) for i in range(6)], [torch.zeros(6, 1)]
+        x = grpo_flux.draw_latents(keys, (4, 2, 4), cfg)
+        trajectory = rollout(predict, x, text, keys, cfg, cfg.eta)
+        advantages = group_advantages(rewards, 6)
+        grpo_flux.update(predict, optimizer, trajectory, text, advantages, keys, cfg)
+        for name, value in dict(advantages=advantages, first_logp=trajectory.logp[:, 0],
+                                x0_sum=trajectory.x0.sum((1, 2))).items():
+            seen[name] += value.tolist()
+    for name, values in seen.items():
+        assert values == pytest.approx(DANCEGRPO[name], rel=2e-6, abs=1e-6), name
+
+
 # ------------------------------------------------------------------------------------------- draws
 
 def test_draws_have_names():
