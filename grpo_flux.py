@@ -67,11 +67,9 @@ from reward import BadInput, atomic_write, bad_input_if_fails, printable, remove
 
 # ------------------------------------------------------------------------------------------ config
 
-
 def flag(default, help, low=None, high=None, choices=()):
     """A field of Config. --help and the check of its value read the same metadata."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
-
 
 @dataclass
 class Config:
@@ -159,12 +157,10 @@ class Config:
             raise BadInput(f"--record {self.record} --replay {self.replay}: must be one of them")
         reward.parse_rewards(self.reward)
 
-
 # ------------------------------------------------------------------------------------------- draws
 
 # The purpose of a draw, the second number of its key.
 LATENTS, NOISE, TRAIN_STEPS, PROMPTS, HELD_OUT, WINDOW = range(6)
-
 
 def randn(shape, *key):
     """Draw standard normal fp32 numbers of this shape; equal keys give equal numbers anywhere.
@@ -175,11 +171,9 @@ def randn(shape, *key):
     numbers = np.random.default_rng(key).standard_normal(shape).astype(np.float32)
     return TAPE.draw(torch.from_numpy(numbers), *key)
 
-
 def randperm(n, *key):
     """Draw a random order of range(n), an int64 tensor (n,); key as in randn."""
     return TAPE.draw(torch.from_numpy(np.random.default_rng(key).permutation(n)), *key)
-
 
 # ---------------------------------------------------------------------------------------- flow SDE
 
@@ -190,7 +184,6 @@ def sigma_schedule(sampling_steps: int, shift: float) -> list[float]:
     """
     ts = [1 - i / sampling_steps for i in range(sampling_steps + 1)]
     return [shift * t / (1 + (shift - 1) * t) for t in ts]
-
 
 def flux_step(v, x, sigma, sigma_next, eta, sde="dance", noise=None, x_next=None):
     """Take one denoising step σ -> σ', or score one that was taken: (x_next, x0, logp).
@@ -237,7 +230,6 @@ def flux_step(v, x, sigma, sigma_next, eta, sde="dance", noise=None, x_next=None
     logp = (-0.5 * deviation**2 - std.log() - 0.5 * math.log(2 * math.pi)).mean(dim=(1, 2))
     return x_next, x0, logp
 
-
 def gaussian_kl(v, v_reference, x, sigma, sigma_next, eta, sde="dance"):
     """Return the KL divergence (B,) between the SDE steps of two models from x: the mean over L and
     C of (mean - mean_reference)² / (2 std²), as both have one std. Arguments as in flux_step."""
@@ -246,13 +238,11 @@ def gaussian_kl(v, v_reference, x, sigma, sigma_next, eta, sde="dance"):
     _, _, logp = step(v, x_next=mean)
     return logp_at_mean - logp
 
-
 def pack_latents(z):
     """(B, c, h, w) -> (B, h/2 * w/2, 4c): each 2x2 patch becomes a token, in FLUX's order."""
     B, c, h, w = z.shape
     z = z.reshape(B, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return z.reshape(B, (h // 2) * (w // 2), 4 * c)
-
 
 def unpack_latents(x, h, w):
     """(B, h/2 * w/2, 4c) -> (B, c, h, w), the inverse; h and w count latent pixels."""
@@ -260,12 +250,10 @@ def unpack_latents(x, h, w):
     x = x.reshape(B, h // 2, w // 2, C // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(B, C // 4, h, w)
 
-
 def image_ids(h, w):
     """(h/2 * w/2, 3): the position (0, row, column) of each token, for the rotary embedding."""
     rows, columns = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3).float()
-
 
 # -------------------------------------------------------------------------------------------- GRPO
 
@@ -279,7 +267,6 @@ def group_advantages(rewards, num_generations, eps=1e-8):
     advantages = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + eps)
     all_equal = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)
     return advantages.masked_fill(all_equal, 0).flatten()
-
 
 def grpo_loss(logp, logp_old, advantages, clip_range, adv_clip_max):
     """PPO's clipped loss (Schulman et al., arXiv 1707.06347, section 3): the mean of
@@ -296,7 +283,6 @@ def grpo_loss(logp, logp_old, advantages, clip_range, adv_clip_max):
     stats = {"ratio": ratio.mean(), "ratio_max_dev": (ratio - 1).abs().max(),
              "clip_frac": (clipped > unclipped).float().mean()}
     return torch.maximum(unclipped, clipped).mean(), stats
-
 
 # ----------------------------------------------------------------------------------------- rollout
 
@@ -315,12 +301,10 @@ def plan_step(step, cfg, rank=0, world=1):
     starts = range(rank * part, P * G, size)
     return [key for start in starts for key in order[start:start + part]]
 
-
 def draw_latents(keys, shape, cfg):
     """Draw the initial noise (B, L, C) of each key; shape: latents (c, h, w)."""
     keys = [(step, p, 0 if cfg.init_same_noise else i) for step, p, i in keys]
     return pack_latents(torch.stack([randn(shape, cfg.seed, LATENTS, *key) for key in keys]))
-
 
 def velocity(transformer, x, sigma, text, ids, guidance, bf16):
     """Return v (B, L, C) in fp32. This is the only call of the transformer; what follows knows it
@@ -338,7 +322,6 @@ def velocity(transformer, x, sigma, text, ids, guidance, bf16):
             img_ids=ids, txt_ids=ids.new_zeros(prompt_embeds.shape[1], 3))
     return v[0].float()
 
-
 def sde_steps(step, cfg):
     """Return the denoising steps of a GRPO step that are stochastic: all but the last, or a window
     of them that moves (MixGRPO, Li et al., arXiv 2507.21802). The others are the ODE's."""
@@ -350,17 +333,14 @@ def sde_steps(step, cfg):
         start = randperm(places, cfg.seed, WINDOW, step)[0].item()
     return range(start, start + W)
 
-
 def num_train_steps(cfg):
     """Return K, how many of its SDE steps a sample trains on."""
     W = cfg.sde_window or cfg.sampling_steps - 1
     fraction = cfg.timestep_fraction or (1 if cfg.sde_window or W < 8 else 0.6)
     return max(1, int(fraction * W + 1e-9))  # 0.29 * 100 is below 29
 
-
 # sigmas (T+1,); x (B, T, L, C) before each step; x0 (B, L, C) the images; logp (B, T-1)
 Trajectory = namedtuple("Trajectory", "sigmas x x0 logp")
-
 
 @torch.no_grad()
 def rollout(predict, x, text, keys, cfg, eta):
@@ -385,7 +365,6 @@ def rollout(predict, x, text, keys, cfg, eta):
     sigmas = torch.tensor(sigma_schedule(T, cfg.shift), device=x.device)
     return Trajectory(sigmas, states, x0, logp[:, :-1])
 
-
 def denoise(predict, x, text, keys, steps, cfg, eta):
     """Take some denoising steps from x (B, L, C), micro_batch samples a call, all in fp32. Returns
     x after them, the x before each (B, steps, L, C), the last x0 (B, L, C), logp (B, steps)."""
@@ -407,7 +386,6 @@ def denoise(predict, x, text, keys, steps, cfg, eta):
         parts.append((x_t, torch.stack(states, 1), x0, torch.stack(logps, 1)))
     return [torch.cat(part) for part in zip(*parts)]
 
-
 @torch.no_grad()
 def decode(vae, x0, grid, micro_batch):
     """Decode latents (B, L, C) of a grid (h, w) to images (B, 3, H, W) in [0, 1], rounded to the 8
@@ -419,11 +397,9 @@ def decode(vae, x0, grid, micro_batch):
         images.append((image.clamp(0, 1) * 255).round() / 255)
     return torch.cat(images)
 
-
 # ------------------------------------------------------------------------------------------ update
 
 FIRST_RATIO_LIMIT = 1e-5  # of |ρ - 1| before the first optimizer step; right code gives exactly 0
-
 
 def update(predict, optimizer, trajectory, text, advantages, keys, cfg, reference=None):
     """Train on a rollout once, an optimizer step for each batch_size samples: a dict of statistics.
@@ -438,7 +414,7 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg, referenc
     orders = [randperm(len(window), cfg.seed, TRAIN_STEPS, *key)[:K] for key in keys]
     train_steps = torch.stack(orders).to(device) + window.start  # (B, K)
     count = cfg.num_prompts * cfg.num_generations // cfg.batch_size  # optimizer steps
-    nonzero = gather((advantages.view(1, count, -1) != 0).any(2).int()).any(0)  # (count,)
+    nonzero = torch.stack(gather((advantages.view(count, -1) != 0).any(1))).any(0)  # (count,)
     advantages, results = advantages.to(device), []
     for batch in torch.arange(len(keys), device=device).view(count, -1)[nonzero.to(device)]:
         totals, ratio_max_dev = torch.zeros(4, device=device), torch.zeros((), device=device)
@@ -464,7 +440,6 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg, referenc
         results.append(optimizer_step(optimizer, totals, ratio_max_dev, cfg, first=not results))
     return summarize_update(results)
 
-
 def optimizer_step(optimizer, totals, ratio_max_dev, cfg, first):
     """Clip the gradient, step unless it is not finite, and return the batch's statistics."""
     norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.max_grad_norm)
@@ -482,7 +457,6 @@ def optimizer_step(optimizer, totals, ratio_max_dev, cfg, first):
         optimizer.step()
     optimizer.zero_grad()
     return stats
-
 
 # ------------------------------------------------------------------------------------- a GRPO step
 
@@ -505,8 +479,8 @@ def train_step(step, run):
     TAPE.note("reward", *scores.values())
     # A group may lie in several processes: gather its scores, and order them by group.
     rows = torch.tensor([prompt_index * G + sample for _, prompt_index, sample in keys])
-    order = gather(rows).argsort()
-    scores = {name: gather(r)[order] for name, r in scores.items()}  # (P G,)
+    order = torch.cat(gather(rows)).argsort()
+    scores = {name: torch.cat(gather(r))[order] for name, r in scores.items()}  # (P G,)
     advantages = sum(weight * group_advantages(scores[name], G)
                      for name, (weight, _) in run.rewards.items() if weight)
     TAPE.note("advantages", advantages[rows])
@@ -515,7 +489,6 @@ def train_step(step, run):
     policy.update_ema(cfg.ema_decay)
     TAPE.close()
     return scores, advantages, stats
-
 
 # The algorithm ends here. What follows loads models, saves, records and draws.
 
@@ -537,7 +510,6 @@ TOLERANCES = dict(
 TAPE_NAMES = re.compile(r"input_latents_\d+_\d+(_\d+)?|(coff|perms)_\d+_\d+|"
                         rf"({'|'.join(TOLERANCES)})\.\d+")
 
-
 class Tape:
     """Record every draw and every stage's results, or replay the draws and compare the results.
 
@@ -547,7 +519,6 @@ class Tape:
     (1, L, C), the noise N = ((STEP - 1) * samples + ROW) * T + t; perms_STEP_RANK (samples, T-1),
     the order in which a sample's denoising steps are trained.
     """
-
     file, recorded = None, {}  # off until it is opened
 
     def start(self, cfg, info, rank):
@@ -581,6 +552,15 @@ class Tape:
             draws[row % count] = fresh
         return draws[row % count].to(fresh.dtype)
 
+    def find(self, name, like):
+        """Return the recorded tensor, of the same shape as like; a new record starts from like."""
+        if self.cfg.record:
+            return self.results.setdefault(name, like)
+        shape = tuple(self.recorded[name].shape) if name in self.recorded else "is missing"
+        if shape != tuple(like.shape):
+            raise BadInput(f"--replay {self.file}: {name} {shape}: must be {tuple(like.shape)}")
+        return self.recorded[name]
+
     def note(self, stage, *results):
         """Note a stage's results and return the first; of images the recorded one, so that the
         reward and what follows from it are compared on the same images."""
@@ -592,15 +572,6 @@ class Tape:
                 self.find(name, result)
         replayed = self.recorded.get(f"{stage}.0") if stage == "images" else None
         return results[0] if replayed is None else replayed.to(results[0].device)
-
-    def find(self, name, like):
-        """Return the recorded tensor, of the same shape as like; a new record starts from like."""
-        if self.cfg.record:
-            return self.results.setdefault(name, like)
-        shape = tuple(self.recorded[name].shape) if name in self.recorded else "is missing"
-        if shape != tuple(like.shape):
-            raise BadInput(f"--replay {self.file}: {name} {shape}: must be {tuple(like.shape)}")
-        return self.recorded[name]
 
     def close(self):
         """End a GRPO step: write it, or compare it with the recorded one."""
@@ -620,7 +591,7 @@ class Tape:
 
     def verdict(self):
         """Return the table of a replay over all processes as text; its last line is OK or OFF."""
-        errors, off = sorted(sum(gather_objects(self.errors), [])), []
+        errors, off = sum(gather(self.errors), []), []
         lines = ["stage                     count  max error       worst     allowed"]
         for i, (stage, (measure, *limits)) in enumerate(TOLERANCES.items()):
             rows, limit = [row for row in errors if row[1] == i], limits[self.cfg.dtype == "bf16"]
@@ -636,10 +607,8 @@ class Tape:
         word = "OFF" if off else "OK" if errors else "without results to compare"
         return "\n".join([*lines, f"replay {word}"])
 
-
 def tape_file(folder, step, rank):
     return Path(folder) / f"step_{step + 1:05d}_rank_{rank}.safetensors"
-
 
 def read_record(folder):
     """Return a record's settings, and the prompts of its GRPO steps; refuse what nothing reads."""
@@ -657,27 +626,62 @@ def read_record(folder):
                     if name in types and name not in MACHINE_LOCAL}
     return settings, info.get("step_prompts", [])
 
-
 TAPE = Tape()
 
+# --------------------------------------------------------------------------------------- processes
 
-# ------------------------------------------------------------------------------------- the policy
+def init_distributed(name):
+    """Select the device, and join torchrun's processes: device, rank, world size. Gloo carries CPU
+    tensors and objects, as HCCL lacks collectives that checkpoints need."""
+    device = reward.select_device(name)
+    torch.get_device_module(device).set_device(device)
+    if "RANK" not in os.environ:
+        return device, 0, 1
+    backend = dist.get_default_backend_for_device(device)
+    with bad_input_if_fails("start with torchrun, or unset RANK: the environment lacks more of "
+                            "torchrun's variables"):
+        dist.init_process_group(
+            f"cpu:gloo,{device.type}:{backend}" if reward.is_accelerator(device) else backend)
+    return device, dist.get_rank(), dist.get_world_size()
+
+def gather(item):
+    """Return the item of every process, in the order of their ranks; all wait for all."""
+    items = [item]
+    if dist.is_initialized():
+        dist.all_gather_object(items := [None] * dist.get_world_size(), item)
+    return items
+
+def shard(transformer, device, dtype):
+    """Apply FSDP2: over the processes of a machine; machines replicate, and average gradients."""
+    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    sizes = (world // local, local) if local and world > local else (world,)
+    names = ("replicate", "shard")[-len(sizes):]
+    mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=names)
+    precision = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # only read here
+    for part in [*transformer.transformer_blocks, *transformer.single_transformer_blocks,
+                 transformer]:
+        fully_shard(part, mesh=mesh, mp_policy=precision)
+    transformer.set_reshard_after_forward(False)  # a block is gathered once for all calls up to
+    transformer.set_reshard_after_backward(False)  # the next optimizer step, not at each of them
+
+# ------------------------------------------------------------------------------------------ models
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # the linear layers that get adapters: those of attention and feed-forward in every block
 LORA_TARGETS = (r".*blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
                 r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)")
 
-
 def read_model_config(model):
     """Return the transformer's config; refuse a pipeline that is not FLUX.1's text-to-image."""
     kind = diffusers.FluxPipeline.load_config(model)["_class_name"]
     config = diffusers.FluxTransformer2DModel.load_config(model, subfolder="transformer")
-    if kind != "FluxPipeline" or "quantization_config" in config:
-        raise BadInput(f"it is a {kind}, must be a FluxPipeline" if kind != "FluxPipeline" else
-                       "its weights are quantized, training needs the original ones")
+    if kind != "FluxPipeline":
+        raise BadInput(f"it is a {kind}, must be a FluxPipeline")
+    if "quantization_config" in config:
+        raise BadInput("its weights are quantized, training needs the original ones")
     return config
-
 
 def load_transformer(cfg, device):
     """Load the transformer: all weights in fp32, or frozen ones in cfg.dtype and fp32 adapters.
@@ -702,7 +706,6 @@ def load_transformer(cfg, device):
         full_state_dict=True, broadcast_from_rank0=True))
     return transformer
 
-
 def prepare_policy(transformer, cfg):
     """Add adapters, gradient checkpointing, an attention backend and compilation, as cfg says."""
     if cfg.lora_rank:
@@ -714,13 +717,12 @@ def prepare_policy(transformer, cfg):
                 r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=LORA_TARGETS))
         for p in trained_parameters(transformer).values():
             p.data = p.data.float()
-    share = cfg.gradient_checkpointing
-    twice = {id(block) for i, block in enumerate(blocks(transformer))
-             if int((i + 1) * share) > int(i * share)}
-    if twice:
+    share, blocks = cfg.gradient_checkpointing, [
+        *transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    if chosen := {id(b) for i, b in enumerate(blocks) if int((i + 1) * share) > int(i * share)}:
         transformer.enable_gradient_checkpointing(
             lambda block, *inputs: checkpoint(block, *inputs, use_reentrant=False)
-            if id(block) in twice else block(*inputs))
+            if id(block) in chosen else block(*inputs))
     if cfg.attention != "native":
         with bad_input_if_fails(f"--attention {cfg.attention}: diffusers cannot use it here"):
             transformer.set_attention_backend(cfg.attention)
@@ -728,40 +730,19 @@ def prepare_policy(transformer, cfg):
         transformer.compile_repeated_blocks()
     return transformer
 
-
-def blocks(transformer):
-    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-
-
 def trained_parameters(transformer):
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
-
-
-def shard(transformer, device, dtype):
-    """Apply FSDP2: over the processes of a machine; machines replicate, and average gradients."""
-    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 0))
-    sizes = (world // local, local) if local and world > local else (world,)
-    names = ("replicate", "shard")[-len(sizes):]
-    mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=names)
-    precision = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # only read here
-    for part in [*blocks(transformer), transformer]:
-        fully_shard(part, mesh=mesh, mp_policy=precision)
-    transformer.set_reshard_after_forward(False)  # a block is gathered once for all calls up to
-    transformer.set_reshard_after_backward(False)  # the next optimizer step, not at each of them
-
 
 class Policy:
     """The trained transformer, predict (its velocity), reference (that of the initial policy, for
     kl_beta), its optimizer, and the moving averages of its weights, for ema_decay."""
 
-    def __init__(self, cfg, grid, device):
-        self.transformer = transformer = load_transformer(cfg, device)
-        self.parameters, self.reference = trained_parameters(transformer), None
+    def __init__(self, cfg, grid, device):  # grid: (h, w) of latents
+        self.transformer, self.reference = load_transformer(cfg, device), None
+        self.parameters = trained_parameters(self.transformer)
         inputs = dict(ids=image_ids(*grid).to(device), guidance=cfg.guidance,
-                      bf16=cfg.dtype == "bf16")  # grid: (h, w) of latents
-        self.predict = partial(velocity, transformer, **inputs)
+                      bf16=cfg.dtype == "bf16")
+        self.predict = partial(velocity, self.transformer, **inputs)
         # fused makes no temporary copies of all weights, which would set the peak of memory
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
@@ -769,12 +750,13 @@ class Policy:
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()
                          if cfg.ema_decay}
         if cfg.kl_beta and cfg.lora_rank:
-            self.reference = self.without_adapters
+            self.reference = self.predict_without_adapters
         elif cfg.kl_beta:
             initial = load_transformer(cfg, device).requires_grad_(False)
             self.reference = partial(velocity, initial, **inputs)
 
-    def without_adapters(self, *batch):
+    @torch.no_grad()
+    def predict_without_adapters(self, *batch):
         self.transformer.disable_adapters()
         v = self.predict(*batch)
         self.transformer.enable_adapters()
@@ -819,8 +801,7 @@ class Policy:
         return state
 
     def save(self, folder, rank):
-        """Write a checkpoint atomically, as safetensors files: torch's own format is pickles, which
-        can run code."""
+        """Write a checkpoint atomically, as safetensors: torch's own pickles can run code."""
         with atomic_write(folder, rank) as work:
             dcp.save({name: x.detach().cpu() for name, x in self.state().items()},
                      storage_writer=dcp.HuggingFaceStorageWriter(work, save_distributed=True),
@@ -852,34 +833,7 @@ class Policy:
                 model.load_state_dict(weights, assign=True)
                 model.save_pretrained(work / "transformer")
 
-
-# ---------------------------------------------------------------------------------------- the run
-
-def init_distributed(name):
-    """Select the device, and join torchrun's processes: device, rank, world size. Gloo carries CPU
-    tensors and objects, as HCCL lacks collectives that checkpoints need."""
-    device = reward.select_device(name)
-    torch.get_device_module(device).set_device(device)
-    if "RANK" not in os.environ:
-        return device, 0, 1
-    backend = dist.get_default_backend_for_device(device)
-    dist.init_process_group(
-        f"cpu:gloo,{device.type}:{backend}" if reward.is_accelerator(device) else backend)
-    return device, dist.get_rank(), dist.get_world_size()
-
-
-def gather_objects(item):
-    """Return the item of every process, in the order of their ranks."""
-    if not dist.is_initialized():
-        return [item]
-    dist.all_gather_object(items := [None] * dist.get_world_size(), item)
-    return items
-
-
-def gather(x):
-    """(n, ...) on the CPU of every process -> (world * n, ...) in the order of their ranks."""
-    return torch.cat(gather_objects(x))
-
+# ----------------------------------------------------------------------------------------- the run
 
 def summarize_update(results):
     """Average the statistics of the optimizer steps whose gradient was finite."""
@@ -890,7 +844,6 @@ def summarize_update(results):
     means["ratio_max_dev"] = max((stats["ratio_max_dev"] for stats in finite), default=0.0)
     return {"updates": len(finite), "skipped": len(results) - len(finite), **means,
             "first_ratio_dev": results[0]["ratio_max_dev"] if results else 0.0}
-
 
 class Run:
     """What all GRPO steps share: models, rewards {name: (weight, function)}, the P prompts of each
@@ -916,13 +869,44 @@ class Run:
             config = read_model_config(cfg.model)
             if not config["guidance_embeds"]:  # FLUX.1-schnell takes shorter texts
                 cfg = replace(cfg, text_length=min(cfg.text_length, 256))
-            self.cfg, self.text_files = cfg, encode_prompts(self, cfg)
+            self.cfg, self.text_files = cfg, self.encode_prompts(cfg)
             self.vae = diffusers.AutoencoderKL.from_pretrained(
                 cfg.model, subfolder="vae", dtype=DTYPES[cfg.dtype], use_safetensors=True)
             self.vae.to(device).requires_grad_(False)
             pixels = 2 ** (len(self.vae.config.block_out_channels) - 1)  # a side of a latent pixel
             self.shape = config["in_channels"] // 4, cfg.height // pixels, cfg.width // pixels
             self.policy = Policy(cfg, self.shape[1:], device)
+
+    @torch.no_grad()
+    def encode_prompts(self, cfg):
+        """Embed the prompts of the run, once, by its first process: {prompt: file in out/text}."""
+        diffusers.logging.set_verbosity_error()  # else it prints what it cuts, whatever that holds
+        files, folder = {}, self.out / "text"
+        for prompt in [*self.eval_prompts, *sum(self.step_prompts[:cfg.steps], [])]:
+            about = f"{cfg.model} {cfg.text_length} {cfg.dtype} {prompt}"
+            name = hashlib.sha256(about.encode()).hexdigest()[:32]
+            files[prompt] = folder / f"{name}.safetensors"
+        missing = [prompt for prompt, file in files.items() if not file.exists()]
+        if self.rank == 0 and missing:
+            folder.mkdir(exist_ok=True)
+            pipe = diffusers.FluxPipeline.from_pretrained(
+                cfg.model, transformer=None, vae=None, scheduler=None, dtype=DTYPES[cfg.dtype],
+                use_safetensors=True).to(self.device)
+            for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder),
+                                       (pipe.tokenizer_2, pipe.text_encoder_2)):
+                if len(tokenizer) < 0.9 * encoder.config.vocab_size:  # it loads without its files
+                    raise BadInput(f"a tokenizer has {len(tokenizer)} tokens, its encoder "
+                                   f"{encoder.config.vocab_size}: files of it are missing")
+            lengths = map(len, pipe.tokenizer_2(missing, truncation=False).input_ids)
+            if long := sum(length > cfg.text_length for length in lengths):
+                print(f"{long} of {len(missing)} prompts are cut to {cfg.text_length} tokens")
+            for prompt in tqdm(missing, desc="text embeddings", disable=len(missing) < 100):
+                embeds, pooled, _ = pipe.encode_prompt(  # alone: none depends on its neighbours
+                    prompt, None, max_sequence_length=cfg.text_length)
+                with atomic_write(files[prompt]) as path:
+                    save_file(dict(embeds=embeds[0].cpu(), pooled=pooled[0].cpu()), path)
+        gather(None)  # the others wait for it
+        return files
 
     def text(self, prompts):
         """Return T5's embeddings (B, S, D) and CLIP's pooled ones (B, D')."""
@@ -953,13 +937,13 @@ class Run:
                   for name, score in self.label(scores).items()}
         if set(self.eval_prompts) <= set(reward.TINY_PROMPTS):
             values |= getattr(reward, "judge_tiny", lambda *_: {})(images, prompts, self.rewards)
-        shown = gather(images[:24].cpu())[:24]
-        if self.rank == 0:  # rows of four, 96 to 360 pixels wide each
+        shown = torch.cat(gather(images[:24].cpu()))[:24]
+        if self.rank == 0:  # rows of four, each 96 to 360 pixels wide
             scale = min(max(shown.shape[-1], 96), 360) / shown.shape[-1]
             shown = F.interpolate(shown, scale_factor=scale, mode="nearest-exact")
             with atomic_write(self.out / "images" / f"step_{step:05d}.png") as path:
                 save_image(shown, path, nrow=4, format="png")
-        return {name: round(gather(value)[:count].mean().item(), 6)
+        return {name: round(torch.cat(gather(value))[:count].mean().item(), 6)
                 for name, value in values.items()}
 
     def metrics(self, step, scores, advantages, stats):
@@ -968,9 +952,10 @@ class Run:
         for name, r in self.label(scores).items():
             line |= {name: r.mean(), f"{name}_std": r.view(-1, G).std(1).mean()}
         line["zero_std_frac"] = (advantages.view(-1, G) == 0).all(1).float().mean()
-        table = gather(torch.tensor([[float(value) for value in stats.values()]]))
-        for name, column in zip(stats, table.T):
-            line[name] = column.max() if name.endswith("_dev") else column.mean()
+        every = gather(stats)
+        for name in stats:
+            values = [each[name] for each in every]
+            line[name] = max(values) if name.endswith("_dev") else sum(values) / len(values)
         return {"step": step} | {name: float(f"{value:.7g}") for name, value in line.items()}
 
     def open(self, info, first):
@@ -994,71 +979,27 @@ class Run:
                 print(printable(f"no TensorBoard ({type(error).__name__}: {error})"))
 
     def write(self, line):
-        """Append a line to metrics.jsonl, and draw the curves after an evaluation."""
+        """Append a line to metrics.jsonl; after an evaluation draw the curves."""
+        if self.rank:
+            return
         self.history.append(line)
-        if self.rank == 0:
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-            if any("held_out" in name for name in line):
-                self.draw(self.out / "reward.png")
+        with open(self.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
         for name, value in line.items() if self.board else ():
             self.board.add_scalar(name, value, line["step"])
+        if any("held_out" in name for name in line):
+            self.draw(self.out / "reward.png")
 
     def draw(self, path, *steps):
         """Draw the pictures of evaluations, and the curves of rewards and evaluations."""
-        pictures, seen = {}, {line["step"]: line for line in self.history}
+        start, lines, pictures = self.history[0], {line["step"]: line for line in self.history}, {}
         for step in steps:
-            file = self.out / "images" / f"step_{step:05d}.png"
-            values = [f"{name} {value:.3f}" for name, value in seen.get(step, {}).items()
-                      if name in self.history[0] and name != "step"]
-            pictures |= {f"step {step}\n{', '.join(values)}": file} if file.exists() else {}
-        names = dict.fromkeys([*self.label(dict.fromkeys(self.rewards)), *self.history[0]])
+            title = ", ".join(f"{name} {lines[step][name]:.3f}" for name in start
+                              if name != "step" and name in lines.get(step, ()))
+            pictures[f"step {step}\n{title}"] = self.out / "images" / f"step_{step:05d}.png"
+        names = dict.fromkeys([*self.label(dict.fromkeys(self.rewards)), *start])
         draw(path, pictures, {name: [(line["step"], line[name]) for line in self.history
                                      if name in line] for name in names if name != "step"})
-
-
-@torch.no_grad()
-def encode_prompts(run, cfg):
-    """Embed the prompts of a run, once, by its first process: {prompt: file in out/text}."""
-    diffusers.logging.set_verbosity_error()  # else it prints what it cuts, whatever that holds
-    files, folder = {}, run.out / "text"
-    for prompt in [*run.eval_prompts, *sum(run.step_prompts[:cfg.steps], [])]:
-        about = f"{cfg.model} {cfg.text_length} {cfg.dtype} {prompt}"
-        files[prompt] = folder / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.safetensors"
-    missing = [prompt for prompt, file in files.items() if not file.exists()]
-    if run.rank == 0 and missing:
-        folder.mkdir(exist_ok=True)
-        pipe = diffusers.FluxPipeline.from_pretrained(
-            cfg.model, transformer=None, vae=None, scheduler=None, dtype=DTYPES[cfg.dtype],
-            use_safetensors=True).to(run.device)
-        for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder),
-                                   (pipe.tokenizer_2, pipe.text_encoder_2)):
-            if len(tokenizer) < 0.9 * encoder.config.vocab_size:  # it loads without its files
-                raise BadInput(f"a tokenizer has {len(tokenizer)} tokens, its encoder "
-                               f"{encoder.config.vocab_size}: files of it are missing")
-        lengths = map(len, pipe.tokenizer_2(missing, truncation=False).input_ids)
-        if long := sum(length > cfg.text_length for length in lengths):
-            print(f"{long} of {len(missing)} prompts are cut to {cfg.text_length} tokens")
-        for prompt in tqdm(missing, desc="text embeddings", disable=len(missing) < 100):
-            embeds, pooled, _ = pipe.encode_prompt(  # alone: none depends on its neighbours
-                prompt, None, max_sequence_length=cfg.text_length)
-            with atomic_write(files[prompt]) as path:
-                save_file(dict(embeds=embeds[0].cpu(), pooled=pooled[0].cpu()), path)
-    gather_objects(None)  # the others wait for it
-    return files
-
-
-def read_metrics(out):
-    """Return the whole lines of metrics.jsonl; a kill may have cut off the last one."""
-    path = Path(out) / "metrics.jsonl"
-    *lines, _ = path.read_text().split("\n") if path.exists() else [""]
-    return [json.loads(line) for line in lines]
-
-
-def write_json(path, value):
-    with atomic_write(path) as work:
-        work.write_text(json.dumps(value, indent=1))
-
 
 def draw(path, pictures, curves):
     """Draw image files side by side, {title: file}, and curves beside them, {label: points}."""
@@ -1066,11 +1007,11 @@ def draw(path, pictures, curves):
     from matplotlib.figure import Figure
     from matplotlib.image import imread
 
-    arrays = {title: imread(file) for title, file in pictures.items()}
+    arrays = {title: imread(file) for title, file in pictures.items() if file.exists()}
     height = max([4.5, *(4 * len(image) / len(image[0]) + 0.6 for image in arrays.values())])
     figure = Figure((4 * len(arrays) + 5, height), layout="constrained", dpi=120)
-    *panels, axes = figure.subplots(1, len(arrays) + 1, squeeze=False, width_ratios=[
-        *[4] * len(arrays), 5])[0]
+    *panels, axes = figure.subplots(
+        1, len(arrays) + 1, squeeze=False, width_ratios=[*[4] * len(arrays), 5])[0]
     for panel, (title, image) in zip(panels, arrays.items()):
         panel.imshow(image)
         panel.set_title(printable(title), fontsize=9, parse_math=False)
@@ -1083,6 +1024,15 @@ def draw(path, pictures, curves):
         figure.savefig(work, format="png")
     gc.collect()  # a figure is a reference cycle, and large
 
+def read_metrics(out):
+    """Return the whole lines of metrics.jsonl; a kill may have cut off the last one."""
+    path = Path(out) / "metrics.jsonl"
+    *lines, _ = path.read_text().split("\n") if path.exists() else [""]
+    return [json.loads(line) for line in lines]
+
+def write_json(path, value):
+    with atomic_write(path) as work:
+        work.write_text(json.dumps(value, indent=1))
 
 def compare_runs(*folders):
     """Print the rewards of two runs side by side, draw compare.png into the second, and return
@@ -1094,20 +1044,20 @@ def compare_runs(*folders):
         steps = sorted(runs[0].keys() & runs[1].keys())
         names = [key for key in runs[0][steps[0]] if f"{key}_std" in runs[1][steps[0]]]
         table = np.array([[[run[step][key] for step in steps] for run in runs] for key in names])
-    tens, worst = [slice(i, i + 10) for i in range(0, len(steps), 10)], 0.0
+    worst = 0.0
     print("reward            steps           A         B  difference")
-    for name, part in [(name, part) for name in names for part in [*tens, slice(None)]]:
-        a, b = table[names.index(name), :, part].mean(-1)
-        worst = max(worst, abs(b / a - 1))
-        print(f"{printable(name):12}{steps[part][0]:5} to {steps[part][-1]:5}{a:12.4f}{b:10.4f}"
-              f"{b / a - 1:+12.2%}")
-    pictures = {f: sorted(Path(f, "images").glob("*.png"))[-1] for f in folders}
+    for name, rows in zip(names, table):
+        for part in [*(slice(i, i + 10) for i in range(0, len(steps), 10)), slice(None)]:
+            a, b = rows[:, part].mean(1)
+            worst = max(worst, abs(b / a - 1))
+            print(f"{printable(name):12}{steps[part][0]:5} to {steps[part][-1]:5}{a:12.4f}{b:10.4f}"
+                  f"{b / a - 1:+12.2%}")
+    pictures = {f: max(Path(f, "images").glob("*.png"), default=Path(f, "none")) for f in folders}
     draw(Path(folders[1]) / "compare.png", pictures, {
-        f"{folder} {name}": [*zip(steps, row)] for name, rows in zip(names, table)
+        f"{name} of {folder}": [*zip(steps, row)] for name, rows in zip(names, table)
         for folder, row in zip(folders, rows)})
     print(f"look at {folders[1]}/compare.png\ncompare {'OK' if worst <= 0.05 else 'OFF'}")
     return worst <= 0.05
-
 
 # --------------------------------------------------------------------------------------- tiny FLUX
 
@@ -1116,7 +1066,6 @@ TINY = dict(  # the defaults of --model tiny, where they differ
     micro_batch=12, batch_size=12, learning_rate=2e-4, clip_range=5e-4, ema_decay=0.9,
     gradient_checkpointing=0.0, eval_images=192)
 TINY_VERSION = 1  # to be raised with any change of what is built
-
 
 def tiny_models(cfg):
     """Return the settings that name the tiny models; the first process builds them, once."""
@@ -1130,13 +1079,12 @@ def tiny_models(cfg):
                 if not folder.exists():
                     with atomic_write(folder) as work:
                         build_tiny(work)
-    gather_objects(None)  # the others wait for it
+    gather(None)  # the others wait for it
     settings, arch = {"model": str(folder / "flux")}, str(folder / "hps" / "tiny-clip.json")
     for name in ("hps", "clip"):
         if not getattr(cfg, name):
             settings |= {name: str(folder / "hps" / f"{name}.pt"), f"{name}_arch": arch}
     return settings
-
 
 def build_tiny(folder):
     """A FLUX.1 in miniature, in diffusers format, with 24 prompts half learnt; and a tiny HPS."""
@@ -1150,7 +1098,6 @@ def build_tiny(folder):
         pipe.register_modules(transformer=build_tiny_flux(pipe, images, labels))
         pipe.save_pretrained(folder / "flux")
         reward.build_tiny_hps(folder / "hps", images, labels)
-
 
 def build_tiny_vae(images):
     """AutoencoderKL, 0.23 M parameters: 32x32 pixels <-> latents (4, 8, 8)."""
@@ -1171,7 +1118,6 @@ def build_tiny_vae(images):
     vae.register_to_config(shift_factor=z.mean().item(), scaling_factor=1 / z.std().item())
     return vae.requires_grad_(False)
 
-
 def build_tiny_text():
     """FLUX's two text encoders with random weights: enough to tell 24 prompts apart."""
     from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
@@ -1190,7 +1136,6 @@ def build_tiny_text():
         text_encoder=CLIPTextModel(clip).eval(), text_encoder_2=T5EncoderModel(t5).eval(),
         tokenizer=CLIPTokenizer({t: i for i, t in enumerate(tokens)}, [], model_max_length=77),
         tokenizer_2=T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512))
-
 
 def build_tiny_flux(pipe, images, labels):
     """FluxTransformer2DModel, 1.85 M parameters, by flow matching: v = noise - image at random σ.
@@ -1216,12 +1161,10 @@ def build_tiny_flux(pipe, images, labels):
     reward.fit(transformer, loss, len(z), steps=80, batch=64, rate=2e-3, title="tiny FLUX (2/3)")
     return transformer
 
-
 # -------------------------------------------------------------------------------------------- main
 
 # settings of a run's machine and of its own files, which a replay does not take from its record
 MACHINE_LOCAL = ("device", "out", "cache", "resume", "record", "replay", "compare", "deterministic")
-
 
 def read_command_line(argv):
     """Return Config from flags, and for --replay the prompts of each recorded GRPO step."""
@@ -1243,7 +1186,6 @@ def read_command_line(argv):
         settings, step_prompts = read_record(given["replay"])
         given = settings | given
     return Config(**(TINY if given.get("model", "tiny") == "tiny" else {}) | given), step_prompts
-
 
 def check_inputs(cfg, step_prompts, world):
     """Refuse what cannot work before a model is loaded; return the P prompts of each GRPO step, and
@@ -1273,15 +1215,9 @@ def check_inputs(cfg, step_prompts, world):
         step_prompts = [order[i * P:(i + 1) * P] for i in range(cfg.steps)]
     return step_prompts, prompts[:cfg.eval_images]
 
-
 def checkpoints(out):
     """Return the folders of a run's checkpoints, from first to last."""
-    return sorted(Path(out, "checkpoints").glob("step_*"), key=checkpoint_step)
-
-
-def checkpoint_step(folder):
-    return int(folder.name.removeprefix("step_"))
-
+    return sorted(Path(out, "checkpoints").glob("step_*"), key=lambda path: int(path.name[5:]))
 
 def find_checkpoint(cfg, out):
     """Return the folder to go on from, or None; refuse one that is broken or of another policy."""
@@ -1293,7 +1229,7 @@ def find_checkpoint(cfg, out):
                             f"RUN/checkpoints/step_00020, which {folder} is not"):
         if given.resolve() in [path.resolve() for path in own[:-1]]:
             raise BadInput(f"--out {out} has gone on to {folder}; give that, or another --out")
-        step = checkpoint_step(folder)
+        step = int(folder.name.removeprefix("step_"))
         for file in [*folder.glob("*.safetensors")] or [folder / "*.safetensors"]:
             safe_open(file, "pt").__enter__()  # is it as long as its header says?
         then = json.loads((folder.parent.parent / "config.json").read_text())
@@ -1304,7 +1240,6 @@ def find_checkpoint(cfg, out):
     if cfg.steps < step:
         raise BadInput(f"--steps {cfg.steps}: must be at least {step}, where {folder} goes on from")
     return folder
-
 
 @contextmanager
 def stop_signals():
@@ -1322,11 +1257,10 @@ def stop_signals():
         for number, handler in before.items():
             signal.signal(number, handler)
 
-
 def train(run, info, checkpoint):
     """Train from the checkpoint, or from the start, to the last step; save, evaluate and export."""
     cfg, out, policy, bad = run.cfg, run.out, run.policy, 0
-    first = checkpoint_step(checkpoint) if checkpoint else 0
+    first = int(checkpoint.name[5:]) if checkpoint else 0
     if checkpoint:
         policy.load(checkpoint)
     if run.rank == 0:
@@ -1355,7 +1289,7 @@ def train(run, info, checkpoint):
             if bad == 3:
                 raise FloatingPointError(f"the gradient was not finite in steps {step - 2} to "
                                          f"{step}; a lower --learning_rate may help")
-            stop = bool(gather(torch.tensor([len(received)])).any())
+            stop = any(gather(bool(received)))
             if step % cfg.save_every == 0 or step == cfg.steps or stop:
                 policy.save(out / "checkpoints" / f"step_{step:05d}", run.rank)
                 for folder in checkpoints(out)[:-cfg.keep_last] if run.rank == 0 else ():
@@ -1368,7 +1302,6 @@ def train(run, info, checkpoint):
         remove(out / "text")
         run.draw(out / "before_after.png", 0, cfg.steps)
         print(f"look at {out}/before_after.png; for diffusers: {out}/export")
-
 
 def main(argv=None):
     cfg, step_prompts = read_command_line(argv)
@@ -1415,7 +1348,6 @@ def main(argv=None):
     if verdict.endswith("OFF"):
         sys.exit(3)
 
-
 def explain(error):
     """Return one line for an error that a user can act on; None for one that needs a traceback."""
     if hasattr(error, "failures"):  # torch's CheckpointException, {rank: (error, traceback)}
@@ -1426,7 +1358,6 @@ def explain(error):
         return f"another process has ended, see its message ({str(error).strip()[:80]})"
     known = (BadInput, OSError, SafetensorError, FloatingPointError)
     return str(error) if isinstance(error, known) else None
-
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
