@@ -145,11 +145,12 @@ class Config:
             elif f.name in ("height", "width") and value % 16:
                 must = "a multiple of 16"
             if must:
-                raise BadInput(f"--{f.name} {value}: must be {must}")
+                place = f" (with --replay {self.replay})" * bool(self.replay)
+                raise BadInput(f"--{f.name} {value}{place}: must be {must}")
         P, G, size = self.num_prompts, self.num_generations, self.batch_size
         if P * G % size or size % G and size % P:
-            raise BadInput(f"--batch_size {size}: must divide the {P * G} images of a GRPO step as a"
-                           f" multiple of num_generations {G} (whole groups) or num_prompts {P}")
+            raise BadInput(f"--batch_size {size}: must divide the {P * G} images of a GRPO step, a "
+                           f"multiple of num_generations {G} (whole groups) or num_prompts {P}")
         if self.sde_window >= self.sampling_steps:
             raise BadInput(f"--sde_window {self.sde_window}: must be below sampling_steps "
                            f"{self.sampling_steps}")
@@ -197,7 +198,7 @@ def flux_step(v, x, sigma, sigma_next, eta, sde="dance", noise=None, x_next=None
              (DanceGRPO, arXiv 2505.07818)
       flow   the same with η √(σ / (1 - σ)) for η; at σ = 1, where that divides by 0, with
              1 - σ' (Flow-GRPO, arXiv 2505.05470)
-      cps    std = σ' sin(η π/2);  mean = (1 - σ') x0 + √(σ'² - std²) x1; the level of noise
+      cps    std = σ' sin(η π/2);  mean = (1 - σ') x0 + √(σ'² - std²) x1; the noise level
              is kept, but images are narrower (Flow-CPS, arXiv 2509.05952)
 
     v, x, noise, x_next: (B, L, C) fp32. sigma, sigma_next: floats or tensors (B, 1, 1). Give noise
@@ -438,7 +439,12 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg, referenc
                                        kl.detach()]) * len(i) / count
                 ratio_max_dev = torch.maximum(ratio_max_dev, stats["ratio_max_dev"])
         results.append(optimizer_step(optimizer, totals, ratio_max_dev, cfg, first=not results))
-    return summarize_update(results)
+    finite = [stats for stats in results if math.isfinite(stats["grad_norm"])]
+    means = {name: sum(stats[name] for stats in finite) / len(finite) if finite else 0.0
+             for name in ("loss", "ratio", "clip_frac", "kl", "grad_norm")}
+    devs = [stats["ratio_max_dev"] for stats in results] or [0.0]
+    return means | {"updates": len(finite), "skipped": len(results) - len(finite),
+                    "first_ratio_dev": devs[0], "ratio_max_dev": max(devs)}
 
 def optimizer_step(optimizer, totals, ratio_max_dev, cfg, first):
     """Clip the gradient, step unless it is not finite, and return the batch's statistics."""
@@ -514,15 +520,14 @@ class Tape:
     """Record every draw and every stage's results, or replay the draws and compare the results.
 
     A safetensors file for each GRPO step and process. Results are STAGE.NUMBER. Draws have the
-    names that serve to align DanceGRPO's code; STEP counts from 1, ROW is a sample of the process:
-    input_latents_STEP_RANK, for ROW > 0 input_latents_STEP_RANK_ROW, (1, c, h, w); coff_N_RANK
-    (1, L, C), the noise N = ((STEP - 1) * samples + ROW) * T + t; perms_STEP_RANK (samples, T-1),
-    the order in which a sample's denoising steps are trained.
+    names that serve to align DanceGRPO's code, with steps from 1 and rows of this process:
+    input_latents_STEP_RANK[_ROW] (1, c, h, w); coff_N_RANK (1, L, C), N = ((STEP - 1) * rows + ROW)
+    * T + t; perms_STEP_RANK (rows, T-1), the order in which denoising steps are trained.
     """
     file, recorded = None, {}  # off until it is opened
 
     def start(self, cfg, info, rank):
-        self.cfg, self.rank, self.errors = cfg, rank, []
+        self.cfg, self.rank, self.errors, self.file, self.recorded = cfg, rank, [], None, {}
         if cfg.record and rank == 0:
             with bad_input_if_fails(f"--record {cfg.record}: must be a new folder"):
                 Path(cfg.record).mkdir(parents=True)
@@ -617,31 +622,30 @@ def read_record(folder):
         info = json.loads((Path(folder) / "config.json").read_text())
         unknown = [*(info.keys() - types.keys() - {"machine", "versions", "step_prompts"})]
         for path in sorted(Path(folder).glob("*.safetensors")):
-            with safe_open(path, "pt") as file:
+            with bad_input_if_fails(f"--replay {path}: is broken"), safe_open(path, "pt") as file:
                 unknown += [f"{name} in {path.name}" for name in file.keys()
                             if not TAPE_NAMES.fullmatch(name)]
         if unknown:
             raise BadInput(f"nothing reads {unknown[0]}")
         settings = {name: types[name](value) for name, value in info.items()
                     if name in types and name not in MACHINE_LOCAL}
-    return settings, info.get("step_prompts", [])
+    return settings, info.get("step_prompts") or []
 
 TAPE = Tape()
 
 # --------------------------------------------------------------------------------------- processes
 
 def init_distributed(name):
-    """Select the device, and join torchrun's processes: device, rank, world size. Gloo carries CPU
-    tensors and objects, as HCCL lacks collectives that checkpoints need."""
+    """Select the device, and join torchrun's processes: device, rank, world size."""
     device = reward.select_device(name)
     torch.get_device_module(device).set_device(device)
     if "RANK" not in os.environ:
         return device, 0, 1
     backend = dist.get_default_backend_for_device(device)
-    with bad_input_if_fails("start with torchrun, or unset RANK: the environment lacks more of "
-                            "torchrun's variables"):
-        dist.init_process_group(
-            f"cpu:gloo,{device.type}:{backend}" if reward.is_accelerator(device) else backend)
+    if reward.is_accelerator(device):  # gloo carries objects: HCCL lacks collectives they need
+        backend = f"cpu:gloo,{device.type}:{backend}"
+    with bad_input_if_fails("RANK is set, but not all of torchrun's variables: use it, or unset"):
+        dist.init_process_group(backend)
     return device, dist.get_rank(), dist.get_world_size()
 
 def gather(item):
@@ -733,9 +737,17 @@ def prepare_policy(transformer, cfg):
 def trained_parameters(transformer):
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
 
+@contextmanager
+def dcp_errors():
+    """Raise what a process met in DCP in the place of CheckpointException, a BaseException."""
+    try:
+        yield
+    except dcp.CheckpointException as error:  # its failures: {rank: (exception, traceback)}
+        raise next(iter(error.failures.values()))[0] from None
+
 class Policy:
-    """The trained transformer, predict (its velocity), reference (that of the initial policy, for
-    kl_beta), its optimizer, and the moving averages of its weights, for ema_decay."""
+    """The trained transformer, its optimizer, predict (its velocity), reference (the initial
+    policy's, for kl_beta), and moving averages of its weights (for ema_decay)."""
 
     def __init__(self, cfg, grid, device):  # grid: (h, w) of latents
         self.transformer, self.reference = load_transformer(cfg, device), None
@@ -789,8 +801,7 @@ class Policy:
         exchange()
 
     def state(self):
-        """Return {name: tensor} of weights, AdamW's moments and averages, sharded where there are
-        processes. AdamW makes its moments at its first step: here they must be there."""
+        """Return {name: tensor}: weights, AdamW's moments (made by its first step), averages."""
         state = {f"average.{name}": mean for name, mean in self.averages.items()}
         for name, p in self.parameters.items():
             state[f"weights.{name}"], moments = p.detach(), self.optimizer.state[p]
@@ -802,14 +813,14 @@ class Policy:
 
     def save(self, folder, rank):
         """Write a checkpoint atomically, as safetensors: torch's own pickles can run code."""
-        with atomic_write(folder, rank) as work:
+        with atomic_write(folder, rank) as work, dcp_errors():
             dcp.save({name: x.detach().cpu() for name, x in self.state().items()},
                      storage_writer=dcp.HuggingFaceStorageWriter(work, save_distributed=True),
                      no_dist=not dist.is_initialized())
 
     def load(self, folder):
         """Load a checkpoint, whatever number of processes wrote it."""
-        with bad_input_if_fails(f"--resume {folder}: is not of this policy"):
+        with bad_input_if_fails(f"--resume {folder}: is not of this policy"), dcp_errors():
             dcp.load(self.state(), storage_reader=dcp.HuggingFaceStorageReader(folder),
                      no_dist=not dist.is_initialized())
 
@@ -835,19 +846,9 @@ class Policy:
 
 # ----------------------------------------------------------------------------------------- the run
 
-def summarize_update(results):
-    """Average the statistics of the optimizer steps whose gradient was finite."""
-    finite = [stats for stats in results if math.isfinite(stats["grad_norm"])]
-    means = dict(loss=0.0, ratio=1.0, clip_frac=0.0, kl=0.0, grad_norm=0.0, ratio_max_dev=0.0)
-    for name in means if finite else ():
-        means[name] = sum(stats[name] for stats in finite) / len(finite)
-    means["ratio_max_dev"] = max((stats["ratio_max_dev"] for stats in finite), default=0.0)
-    return {"updates": len(finite), "skipped": len(results) - len(finite), **means,
-            "first_ratio_dev": results[0]["ratio_max_dev"] if results else 0.0}
-
 class Run:
-    """What all GRPO steps share: models, rewards {name: (weight, function)}, the P prompts of each
-    step, shape (c, h, w) of latents, and out, the folder that everything is written to."""
+    """What all GRPO steps share: models, rewards {name: (weight, function)}, step_prompts (P for
+    each step), shape (c, h, w) of latents, out (the folder that all is written to)."""
 
     def __init__(self, cfg, prompts, out, device, rank, world):
         self.out, self.device, self.rank, self.world = out, device, rank, world
@@ -894,9 +895,10 @@ class Run:
                 use_safetensors=True).to(self.device)
             for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder),
                                        (pipe.tokenizer_2, pipe.text_encoder_2)):
-                if len(tokenizer) < 0.9 * encoder.config.vocab_size:  # it loads without its files
-                    raise BadInput(f"a tokenizer has {len(tokenizer)} tokens, its encoder "
-                                   f"{encoder.config.vocab_size}: files of it are missing")
+                size = encoder.config.vocab_size
+                if not 0.9 * size <= len(tokenizer) <= size:  # it loads without its files
+                    raise BadInput(f"a tokenizer has {len(tokenizer)} tokens, its encoder {size}: "
+                                   "files of it are missing")
             lengths = map(len, pipe.tokenizer_2(missing, truncation=False).input_ids)
             if long := sum(length > cfg.text_length for length in lengths):
                 print(f"{long} of {len(missing)} prompts are cut to {cfg.text_length} tokens")
@@ -921,8 +923,8 @@ class Run:
         return labels | (scores if len(scores) > 1 else {})
 
     def evaluate(self, step):
-        """Sample held-out noise with the ODE, the same in every run, and score it; return the means
-        over all processes, which share the work. In the tiny world a judge looks, too."""
+        """Sample held-out noise with the ODE, always the same, and return the mean scores; the
+        processes share the work. In the tiny world a judge looks, too."""
         cfg, count = self.cfg, self.cfg.eval_images
         part = math.ceil(count / self.world)
         mine = [i % count for i in range(self.rank * part, (self.rank + 1) * part)]
@@ -936,7 +938,7 @@ class Run:
         values = {f"held_out_{name}".replace("_reward", ""): score
                   for name, score in self.label(scores).items()}
         if set(self.eval_prompts) <= set(reward.TINY_PROMPTS):
-            values |= getattr(reward, "judge_tiny", lambda *_: {})(images, prompts, self.rewards)
+            values |= reward.judge_tiny(images, prompts, self.rewards)
         shown = torch.cat(gather(images[:24].cpu()))[:24]
         if self.rank == 0:  # rows of four, each 96 to 360 pixels wide
             scale = min(max(shown.shape[-1], 96), 360) / shown.shape[-1]
@@ -991,15 +993,15 @@ class Run:
             self.draw(self.out / "reward.png")
 
     def draw(self, path, *steps):
-        """Draw the pictures of evaluations, and the curves of rewards and evaluations."""
-        start, lines, pictures = self.history[0], {line["step"]: line for line in self.history}, {}
-        for step in steps:
-            title = ", ".join(f"{name} {lines[step][name]:.3f}" for name in start
-                              if name != "step" and name in lines.get(step, ()))
-            pictures[f"step {step}\n{title}"] = self.out / "images" / f"step_{step:05d}.png"
-        names = dict.fromkeys([*self.label(dict.fromkeys(self.rewards)), *start])
-        draw(path, pictures, {name: [(line["step"], line[name]) for line in self.history
-                                     if name in line] for name in names if name != "step"})
+        """Draw the pictures of these evaluations, and the curves of rewards and evaluations."""
+        lines = {line["step"]: line for line in self.history}
+        names = [name for name in (*self.label(dict.fromkeys(self.rewards)), *dict(*self.history[:1]))
+                 if name != "step"]
+        draw(path, {f"step {step}\n" + ", ".join(
+            f"{name} {lines[step][name]:.3f}" for name in names if name in lines.get(step, ())):
+            self.out / "images" / f"step_{step:05d}.png" for step in steps},
+            {name: [(step, line[name]) for step, line in lines.items() if name in line]
+             for name in names})
 
 def draw(path, pictures, curves):
     """Draw image files side by side, {title: file}, and curves beside them, {label: points}."""
@@ -1007,17 +1009,16 @@ def draw(path, pictures, curves):
     from matplotlib.figure import Figure
     from matplotlib.image import imread
 
-    arrays = {title: imread(file) for title, file in pictures.items() if file.exists()}
-    height = max([4.5, *(4 * len(image) / len(image[0]) + 0.6 for image in arrays.values())])
-    figure = Figure((4 * len(arrays) + 5, height), layout="constrained", dpi=120)
-    *panels, axes = figure.subplots(
-        1, len(arrays) + 1, squeeze=False, width_ratios=[*[4] * len(arrays), 5])[0]
-    for panel, (title, image) in zip(panels, arrays.items()):
+    pictures = {title: imread(file) for title, file in pictures.items() if file.exists()}
+    height = max([4.5, *(4 * len(image) / len(image[0]) + 0.6 for image in pictures.values())])
+    figure = Figure((4 * len(pictures) + 5, height), layout="constrained", dpi=120)
+    *panels, axes = figure.subplots(1, len(pictures) + 1, squeeze=False)[0]
+    for panel, (title, image) in zip(panels, pictures.items()):
         panel.imshow(image)
-        panel.set_title(printable(title), fontsize=9, parse_math=False)
+        panel.set_title(title, fontsize=9, parse_math=False)
         panel.axis("off")
     for label, points in curves.items():
-        axes.plot(*zip(*points), ".-", label=printable(label))
+        axes.plot(*zip(*points), ".-", label=label)
     axes.set_xlabel("GRPO step")
     axes.legend(frameon=False)
     with atomic_write(path) as work:
@@ -1168,7 +1169,9 @@ MACHINE_LOCAL = ("device", "out", "cache", "resume", "record", "replay", "compar
 
 def read_command_line(argv):
     """Return Config from flags, and for --replay the prompts of each recorded GRPO step."""
-    about, *parts = (__doc__ or "").split("\n\n")  # python -OO leaves none
+    if not __doc__:
+        raise BadInput("PYTHONOPTIMIZE 2 or python -OO: must be lower, diffusers needs docstrings")
+    about, *parts = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
         "grpo_flux.py", "grpo_flux.py [--flag value ...]", about, "".join(parts[-2:-1]),
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1188,8 +1191,8 @@ def read_command_line(argv):
     return Config(**(TINY if given.get("model", "tiny") == "tiny" else {}) | given), step_prompts
 
 def check_inputs(cfg, step_prompts, world):
-    """Refuse what cannot work before a model is loaded; return the P prompts of each GRPO step, and
-    those of the evaluations."""
+    """Refuse what cannot work before a model is loaded; return the P prompts of each GRPO step,
+    and those of the evaluations."""
     P = cfg.num_prompts
     if cfg.batch_size % world:
         raise BadInput(f"--batch_size {cfg.batch_size}: must be a multiple of the number of "
@@ -1208,20 +1211,26 @@ def check_inputs(cfg, step_prompts, world):
             reward.load_reward(name)
     if not (cfg.prompts or cfg.replay or cfg.model == "tiny"):
         raise BadInput("--prompts (not given): must be a text file with a prompt a line")
+    if cfg.record and Path(cfg.record).exists():
+        raise BadInput(f"--record {cfg.record}: must be a new folder")
+    if cfg.replay:
+        return step_prompts, step_prompts[0]
     prompts = reward.read_prompts(cfg.prompts) if cfg.prompts else reward.TINY_PROMPTS
-    if not cfg.replay:  # all prompts again and again, in a new random order each time
-        order = [prompts[i] for epoch in range(math.ceil(cfg.steps * P / len(prompts)))
-                 for i in randperm(len(prompts), cfg.seed, PROMPTS, epoch).tolist()]
-        step_prompts = [order[i * P:(i + 1) * P] for i in range(cfg.steps)]
-    return step_prompts, prompts[:cfg.eval_images]
+    order = [prompts[i] for epoch in range(math.ceil(cfg.steps * P / len(prompts)))
+             for i in randperm(len(prompts), cfg.seed, PROMPTS, epoch).tolist()]  # shuffled anew
+    return [order[i * P:(i + 1) * P] for i in range(cfg.steps)], prompts[:cfg.eval_images]
 
 def checkpoints(out):
     """Return the folders of a run's checkpoints, from first to last."""
-    return sorted(Path(out, "checkpoints").glob("step_*"), key=lambda path: int(path.name[5:]))
+    folders = Path(out, "checkpoints").glob("step_*")  # some may be a user's copies
+    return sorted((path for path in folders if path.name[5:].isdecimal()),
+                  key=lambda path: int(path.name[5:]))
 
 def find_checkpoint(cfg, out):
     """Return the folder to go on from, or None; refuse one that is broken or of another policy."""
     own, given = checkpoints(out), Path(cfg.resume)
+    if cfg.resume == "none" and own and not cfg.replay:
+        raise BadInput(f"--resume none: {out} holds a run; remove it, or give another --out")
     if cfg.replay or cfg.resume == "none" or cfg.resume == "auto" and not own:
         return None
     folder = own[-1] if own else given
@@ -1235,7 +1244,7 @@ def find_checkpoint(cfg, out):
         then = json.loads((folder.parent.parent / "config.json").read_text())
     for name in ("model", "lora_rank", "lora_alpha", "seed"):
         ours, theirs = getattr(cfg, name), then.get(name)
-        if ours != theirs and (name != "model" or Path(ours).name != Path(theirs).name):
+        if ours != theirs and (name != "model" or Path(ours).name != Path(str(theirs)).name):
             raise BadInput(f"--{name} {ours}: must be {theirs}, as in the run of {folder}")
     if cfg.steps < step:
         raise BadInput(f"--steps {cfg.steps}: must be at least {step}, where {folder} goes on from")
@@ -1244,18 +1253,19 @@ def find_checkpoint(cfg, out):
 @contextmanager
 def stop_signals():
     """List the signals that ask the run to stop: it ends its step and saves. A second one kills."""
-    received, numbers = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+    received, ignored = [], [n for n in numbers if signal.getsignal(n) == signal.SIG_IGN]  # nohup
 
     def note(number, _):
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, note) for number in numbers}
+    before = {number: signal.signal(number, note) for number in {*numbers} - {*ignored}}
     try:
         yield received
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not installed by Python
 
 def train(run, info, checkpoint):
     """Train from the checkpoint, or from the start, to the last step; save, evaluate and export."""
@@ -1282,9 +1292,6 @@ def train(run, info, checkpoint):
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 line |= run.evaluate(step)
             run.write(line)
-            bar.set_postfix_str(" ".join(f"{name} {line[name]:.3g}" for name in (
-                *run.label(scores), "ratio", "clip_frac", "grad_norm")), refresh=False)
-            bar.update()
             bad = bad + 1 if stats["skipped"] else 0
             if bad == 3:
                 raise FloatingPointError(f"the gradient was not finite in steps {step - 2} to "
@@ -1294,6 +1301,10 @@ def train(run, info, checkpoint):
                 policy.save(out / "checkpoints" / f"step_{step:05d}", run.rank)
                 for folder in checkpoints(out)[:-cfg.keep_last] if run.rank == 0 else ():
                     remove(folder)
+            # after saving, as it fails when the terminal has gone
+            bar.set_postfix_str(" ".join(f"{name} {line[name]:.3g}" for name in (
+                *run.label(scores), "ratio", "clip_frac", "grad_norm")), refresh=False)
+            bar.update()
             if stop:
                 sys.exit(130 if signal.SIGINT in received else 0)
     with policy.ema_weights():
@@ -1309,7 +1320,7 @@ def main(argv=None):
         sys.exit(0 if compare_runs(*cfg.compare) else 3)
     world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     prompts, out = check_inputs(cfg, step_prompts, world), Path(
-        cfg.out or f"runs/{Path(cfg.model).name}")
+        cfg.out or f"runs/{os.path.basename(os.path.abspath(cfg.model))}")
     checkpoint, verdict = find_checkpoint(cfg, out), ""
     if checkpoint == out / "checkpoints" / f"step_{cfg.steps:05d}" and (
             out / "before_after.png").exists():
@@ -1350,8 +1361,6 @@ def main(argv=None):
 
 def explain(error):
     """Return one line for an error that a user can act on; None for one that needs a traceback."""
-    if hasattr(error, "failures"):  # torch's CheckpointException, {rank: (error, traceback)}
-        error, _ = next(iter(error.failures.values()))
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of memory: a lower --micro_batch needs less, and so does --lora_rank ({error})"
     if isinstance(error, dist.DistError) or re.search("gloo|nccl|hccl", str(error), re.I):
