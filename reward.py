@@ -7,14 +7,12 @@ al., arXiv 2305.01569) are cosines of CLIP features, trained on which images peo
     python reward.py --prompt "a cat in a hat" a.png b.png           # HPS-v2.1, from the hub
     python reward.py --hps HPS_v2.1_compressed.pt pictures/ --save scores.jsonl     # on a GPU
     python reward.py --hps HPS_v2.1_compressed.pt pictures/ --against scores.jsonl  # on an NPU
-
-This file imports nothing else of the project; it alone names the kinds of devices.
 """
-
 import argparse
 import csv
-import importlib
+import importlib.util
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -26,7 +24,8 @@ import shutil
 import signal
 import sys
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -34,13 +33,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from safetensors.torch import load_file
 from tqdm import tqdm
 
-
 class BadInput(ValueError):
-    """Input of the user's that cannot work; the text is the one line that the user reads."""
-
+    """Input that cannot work; the text is the one line that the user reads."""
 
 def printable(text):
     """Return text for the terminal; control characters, and what it cannot encode, are escaped."""
@@ -48,195 +44,143 @@ def printable(text):
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
-
 def exit_with_error(message, status=2):
     """End the program with one line on stderr, of at most about 800 characters."""
     line = printable(" ".join(str(message).split()))
-    line = line if len(line) < 800 else f"{line[:400]} ... {line[-400:]}"
-    print("error:", line, file=sys.stderr)
+    print("error:", line if len(line) < 800 else f"{line[:400]} ... {line[-400:]}", file=sys.stderr)
     sys.exit(status)
-
 
 @contextmanager
 def bad_input_if_fails(message):
-    """Turn any Exception inside into BadInput: the message, then the exception in brackets."""
+    """Turn an exception or sys.exit inside into BadInput, with its text in brackets."""
     try:
         yield
-    except Exception as error:  # a user's files and modules can raise anything
+    except torch.OutOfMemoryError:
+        raise
+    except (Exception, SystemExit) as error:  # a user's files and modules can raise anything
+        text = str(error).split("WeightsUnpickler error: ")[-1]  # leave out torch's advice
         kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
-        raise BadInput(f"{message} ({kind}{error})") from None
-
-
-# ------------------------------------------------------------------------------------------- files
+        raise BadInput(f"{message} ({kind}{text})") from None
 
 def remove(path):
-    """Remove a file or a folder, if there is one."""
-    shutil.rmtree(path, ignore_errors=True)
-    Path(path).unlink(missing_ok=True)
-
+    """Remove a file or folder, if there is one, so that a kill leaves no half under its name."""
+    path = Path(path)
+    if path.name.startswith(("old-", "writing-")):
+        shutil.rmtree(path, ignore_errors=True)
+        path.unlink(missing_ok=True)
+    elif os.path.lexists(path):
+        old = path.with_name(f"old-{path.name}")
+        remove(old)
+        remove(path.rename(old))
 
 @contextmanager
 def atomic_write(path, rank=0):
     """Yield a temporary path to write a file or folder to; rename it to `path` on success.
 
-    It is removed on an exception. Where several processes write into one folder, rank 0 alone
-    renames and removes: they must wait for each other after entering and before leaving.
+    Processes that share a folder wait for each other after entering and before leaving.
     """
     path = Path(path)
-    temporary, old = path.with_name(f"writing-{path.name}"), path.with_name(f"old-{path.name}")
-    if rank == 0:
-        remove(temporary)  # left behind by a run that was killed
+    temporary = path.with_name(f"writing-{path.name}")
+    if rank > 0:  # rank 0 alone renames and removes
+        yield temporary
+        return
+    remove(temporary)  # left behind by a run that was killed
     try:
         yield temporary
-    except BaseException:
-        if rank == 0:
-            remove(temporary)
-        raise
-    if rank == 0:
-        if path.is_dir():
-            remove(old)
-            os.rename(path, old)
+        old = path.with_name(f"old-{path.name}")
+        if path.is_dir():  # a rename takes the place of files only
+            path.rename(old)
         os.replace(temporary, path)
         remove(old)
-
+    finally:
+        remove(temporary)
 
 # ------------------------------------------------------------------------------------------ device
 
 DEVICES = ("auto", "cuda", "npu", "cpu")
 
-
 def select_device(name="auto") -> torch.device:
-    """Return the device of this process; "auto" is the first of cuda, npu and cpu that exists.
-
-    Under torchrun each process of a machine takes its own card, by LOCAL_RANK. Raises BadInput if
-    the machine has none, or too few.
-    """
-    def count(kind):  # importing torch loads torch_npu, which adds torch.npu
-        module = getattr(torch, kind, None)
-        return module.device_count() if module is not None and module.is_available() else 0
-
+    """Return the device of this process: its own card, by LOCAL_RANK; auto: cuda, npu or cpu."""
     if name not in DEVICES:
         raise BadInput(f"--device {name}: must be {' or '.join(DEVICES)}")
+    counts = {"cpu": 1}
+    for kind in DEVICES[1:3]:  # importing torch loads torch_npu, which adds torch.npu
+        module = getattr(torch, kind, None)
+        counts[kind] = module.device_count() if module and module.is_available() else 0
     if name == "auto":
-        name = next((kind for kind in DEVICES[1:3] if count(kind)), "cpu")
+        name = next(kind for kind in DEVICES[1:] if counts[kind])
     if name == "cpu":
         return torch.device(name)
-    index, available = int(os.environ.get("LOCAL_RANK") or 0), count(name)
-    if not available:
-        needs = {"cuda": "an NVIDIA driver and a CUDA build of torch", "npu":
-                 f"CANN and the torch-npu of torch {torch.__version__}; which CANN, says the table "
-                 "in https://github.com/Ascend/pytorch/blob/master/COMPATIBILITY.en.md"}
-        raise BadInput(f"--device {name}: torch finds none on this machine; it needs {needs[name]}")
-    if index >= available:
-        raise BadInput(f"--device {name}: this machine has {available}, too few for process "
-                       f"{index}; --nproc_per_node must be at most {available}")
+    rank, size = (int(os.environ.get(f"LOCAL_{key}") or 0) for key in ("RANK", "WORLD_SIZE"))
+    if rank >= counts[name]:
+        needs = {"cuda": "a CUDA build of torch", "npu": "CANN and torch-npu; which for torch "
+                 f"{torch.__version__}, says a table on github.com/Ascend/pytorch"}[name]
+        raise BadInput(f"--device {name}: torch finds {counts[name]}, too few for process {rank}; "
+                       f"lower --nproc_per_node, or install {needs}")
+    if name == "npu" and size in (3, 5, 6, 7):  # HCCL cannot, and FSDP needs it
+        raise BadInput(f"--nproc_per_node {size}: must be 1, 2, 4, 8 or 16; all_gather_into_tensor "
+                       "and reduce_scatter_tensor do not work over 3, 5, 6 or 7 NPUs")
     if name == "npu":  # HCCL waits 120 s for the slowest process, too few for a slow shared disk
         os.environ.setdefault("HCCL_CONNECT_TIMEOUT", "1200")
-    return torch.device(name, index)
-
+    return torch.device(name, rank)
 
 def is_accelerator(device) -> bool:
     return torch.device(device).type != "cpu"
 
-
 def describe_device(device) -> str:
-    """Return what decides on rounding: the device's name or CPU kernels, and torch's version."""
-    name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    name += f", {torch.get_num_threads()} threads"
+    """Return what decides on rounding: the card, or the CPU and its kernels; torch's version."""
+    name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, "
+    name += f"{torch.get_num_threads()} threads"
     if is_accelerator(device):
         name = torch.get_device_module(device).get_device_name()
     return f"{name}, torch {torch.__version__}"
 
+def check_compile(device):
+    """Raise BadInput if torch.compile has no compiler for the device."""
+    if torch.device(device).type == "npu" and importlib.util.find_spec("triton") is None:
+        raise BadInput("--compile: torch.compile needs triton-ascend on an NPU; install it")
 
 def make_deterministic(seed):
-    """Choose deterministic kernels, full fp32 and seeds: a device then repeats its results.
-
-    Call it before anything runs on the device, whose libraries read these settings once. It costs
-    speed. On CUDA an operator without a deterministic kernel raises RuntimeError; on an NPU nothing
-    raises, and such an operator stays as it is.
-    """
-    os.environ.update(
+    """Choose deterministic kernels, full fp32 and seeds, before anything runs on the device."""
+    os.environ.update(  # the last one takes effect in child processes
         CUBLAS_WORKSPACE_CONFIG=":4096:8", HCCL_DETERMINISTIC="true", LCCL_DETERMINISTIC="1",
         CLOSE_MATMUL_K_SHIFT="1", ATB_MATMUL_SHUFFLE_K_ENABLE="0", ATB_LLM_LCOC_ENABLE="0",
-        PYTHONHASHSEED=str(seed))  # the last one takes effect in child processes
+        PYTHONHASHSEED=str(seed))
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(True)
-    cudnn = torch.backends.cudnn
-    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = True, False, False
+    torch.use_deterministic_algorithms(True)  # without one CUDA raises, an NPU does not
+    torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = False
     if hasattr(torch, "npu"):
         torch.npu.conv.allow_hf32 = torch.npu.matmul.allow_hf32 = False
 
+# ----------------------------------------------------------------------------------------- rewards
 
-# ----------------------------------------------------------------------------------------- weights
+WEIGHTS = {"--hps": "xswu/HPSv2/HPS_v2.1_compressed.pt",
+           "--pickscore": "yuvalkirstain/PickScore_v1"}
 
-WEIGHTS = {"hps": "xswu/HPSv2/HPS_v2.1_compressed.pt", "pickscore": "yuvalkirstain/PickScore_v1"}
-
-
-def resolve_weights(flag, value, default="", folder=False) -> str:
-    """Return the path of weights: a file (or folder) as given, or a download from the hub.
-
-    A hub name is owner/name/file, that of a folder owner/name; `default` stands for an empty value.
-    Offline, the hub's cache is searched. Raises BadInput with the flag and what to do.
-    """
-    name, given = value or default, f"{flag} {value or '(not given)'}"
-    if (os.path.isdir if folder else os.path.isfile)(name):
+def resolve_weights(flag, value) -> str:
+    """Return the path of weights: as given, or downloaded from the hub; "" stands for WEIGHTS."""
+    name, given = value or WEIGHTS.get(flag, ""), f"{flag} {value or '(not given)'}"
+    if os.path.exists(name):
         return name
     match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", name)
-    if not match or bool(match[2]) == folder:
-        raise BadInput(f"{given}: no such {'folder' if folder else 'file'}; must be one with its "
-                       f"weights, or {'owner/name' if folder else 'owner/name/file'} of the hub")
-    from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
+    if not match or bool(match[2]) == (flag == "--pickscore"):
+        must = "folder, or owner/name" if flag == "--pickscore" else "file, or owner/name/file"
+        raise BadInput(f"{given}: not found; must be a {must} of the hub, with weights")
+    from huggingface_hub import constants, hf_hub_download, snapshot_download
     from huggingface_hub.utils import get_session
-
-    page = f"{constants.ENDPOINT}/{match[1]}"
-    try:  # ask once: without a connection the hub's client retries, loudly, for 24 seconds
+    page, offline = f"{constants.ENDPOINT}/{match[1]}", True
+    with suppress(Exception):  # ask once: offline the hub's client retries, loudly, for 24 seconds
         get_session().head(constants.ENDPOINT, timeout=10)
         offline = False
-    except Exception:  # its kinds differ with the client's version; also with HF_HUB_OFFLINE
-        offline = True
-    with bad_input_if_fails(f"{given}: not here, and cannot get {name} from the hub"):
-        try:
-            if folder:
-                return snapshot_download(match[1], local_files_only=offline,
-                                         allow_patterns=["*.json", "*.txt", "*.safetensors"])
-            return hf_hub_download(match[1], match[2], local_files_only=offline)
-        except errors.GatedRepoError:
-            raise BadInput(f"accept the licence on {page}, then run `hf auth login`")
-        except errors.LocalEntryNotFoundError:
-            raise BadInput(f"no connection, and not in its cache; download it from {page} elsewhere"
-                           f" and give its path with {flag}")
-        except (errors.RepositoryNotFoundError, errors.EntryNotFoundError):
-            raise BadInput(f"it is not on {page}; correct the name, or run `hf auth login` "
-                           "if it is private")
-
-
-def read_checkpoint(path, flag="--hps"):
-    """Return the state dict in a .pt, .bin or .safetensors file, without running code in it.
-
-    It may be inside {"state_dict": ...} or {"model": ...}. BadInput says what prevents reading.
-    """
-    scalar = np.float64(0).__reduce__()[0]  # training loops save numpy's numbers, with two names
-    safe = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    safe += [np.dtype, *(type(np.dtype(kind)) for kind in "?bhilqBHILQefd")]
-    try:
-        if str(path).endswith(".safetensors"):
-            return load_file(path)
-        with torch.serialization.safe_globals(safe):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken or hostile file can make the readers raise anything
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"beside tensors it holds {code[1]}" if code else type(error).__name__
-        raise BadInput(f"{flag} {path}: no file of weights, or incomplete ({reason}); must be a "
-                       ".pt, .bin or .safetensors file with a state dict") from None
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    return state
-
-
-# ----------------------------------------------------------------------------------------- rewards
+    remedy = (f"no connection; download {page} elsewhere and give its path with {flag}" if offline
+              else f"correct the name, accept the licence on {page}, or run `hf auth login`")
+    with bad_input_if_fails(f"{given}: not here, and cannot get {name} from the hub: {remedy}"):
+        if match[2]:
+            return hf_hub_download(*match.groups(), local_files_only=offline)
+        return snapshot_download(match[1], local_files_only=offline,
+                                 allow_patterns=["*.json", "*.txt", "*.safetensors"])
 
 def preprocess(images, size=224, mean=(0.48145466, 0.4578275, 0.40821073),
                std=(0.26862954, 0.26130258, 0.27577711), crop=False):
@@ -258,60 +202,48 @@ def preprocess(images, size=224, mean=(0.48145466, 0.4578275, 0.40821073),
     mean, std = (images.new_tensor(c).view(3, 1, 1) for c in (mean, std))
     return (images - mean) / std
 
-
 def new_clip(arch, flag="--hps"):
     """Return an open_clip model without weights, and its tokenizer; arch as in HPS."""
-    import open_clip  # takes seconds: imported where it is needed
-
-    name = str(arch)
+    import open_clip  # takes seconds
+    name = Path(arch).stem if str(arch).endswith(".json") else arch
     logging.disable(logging.WARNING)  # "no pretrained weights": they are loaded later
-    try:
-        with bad_input_if_fails(f"{flag}_arch {arch}: must be a model description of open_clip, or "
-                                "a name that open_clip knows; HPS-v2.1 is a ViT-H-14"):
-            if name.endswith("open_clip_config.json"):  # as it lies beside weights on the hub
-                name = f"local-dir:{Path(arch).absolute().parent}"
-            elif name.endswith(".json"):
-                json.loads(Path(arch).read_text())
-                open_clip.add_model_config(arch)
-                name = Path(arch).stem
-            if name not in open_clip.list_models() and not name.startswith("local-dir:"):
-                raise ValueError("not in open_clip.list_models()")
-            model = open_clip.create_model(name, pretrained=None, load_weights=False)
-            tokenizer = open_clip.get_tokenizer(name)
-    finally:
-        logging.disable(logging.NOTSET)
-    # mean and std are not of the architecture but of its weights: take them if all published agree
-    configs = (open_clip.get_pretrained_cfg(name, tag)
-               for tag in open_clip.list_pretrained_tags_by_model(name))
+    with bad_input_if_fails(f"{flag}_arch {arch}: must be a .json file that describes a model, or "
+                            "a name that open_clip knows; HPS-v2.1 is a ViT-H-14"):
+        if name != arch:
+            json.loads(Path(arch).read_text())
+            open_clip.add_model_config(arch)
+        model = open_clip.create_model(name, load_weights=False)
+        tokenizer = open_clip.get_tokenizer(name)
+    logging.disable(logging.NOTSET)
+    # mean and std depend on the weights, not on arch: take them if all published ones agree
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    configs = [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
     published = {(config["mean"], config["std"]) for config in configs if config.get("mean")}
     if len(published) == 1:
         [(model.visual.image_mean, model.visual.image_std)] = published
     return model, tokenizer
 
-
 class HPS:
-    """HPS-v2.1: scores (B,), the cosines of image and prompt features, about 0.2 to 0.35.
+    """Score (B,) by HPS-v2.1: cosines of image and prompt features, about 0.2 to 0.35.
 
-    checkpoint: HPS_v2.1_compressed.pt of https://huggingface.co/xswu/HPSv2; with the weights of
-        any open_clip model (.pt, .bin, .safetensors) it is that model's image-text similarity.
-    arch: the name that open_clip has for the model, or a .json file that describes it.
+    arch: the name or .json file of any other open_clip model, whose similarity it then is.
     fp32: on an accelerator, do without the fp16 autocast that the official code uses.
-    flag: what the command line calls the checkpoint. BadInput names it.
     """
-
     def __init__(self, checkpoint, arch="ViT-H-14", device="cpu", fp32=False, flag="--hps"):
-        state = read_checkpoint(checkpoint, flag)
-        self.model, self.tokenizer = new_clip(arch, flag)
+        from open_clip.factory import load_state_dict
+        scalar = np.float64(0).__reduce__()[0]  # numpy's numbers, which training loops save too
+        safe = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+        safe += [np.dtype, *(type(np.dtype(kind)) for kind in "?bhilqBHILQefd")]
+        with torch.serialization.safe_globals(safe), bad_input_if_fails(
+                f"{flag} {checkpoint}: must be a whole .pt, .bin or .safetensors file with the "
+                f"weights of {flag}_arch {arch} and no Python objects"):
+            state = load_state_dict(checkpoint)  # runs no code of the file
+            state = {k.removeprefix("module."): w for k, w in state.get("model", state).items()}
+            self.model, self.tokenizer = new_clip(arch, flag)
+            self.model.load_state_dict(state)  # fp16 weights are copied into fp32 ones
         # The fused attention of torch's eval mode has no NPU kernel: one path on every device.
         torch.backends.mha.set_fastpath_enabled(False)
         self.device, self.half = torch.device(device), is_accelerator(device) and not fp32
-        try:  # "module." is DistributedDataParallel's; fp16 weights are copied into fp32 ones
-            state = {name.removeprefix("module."): weight for name, weight in state.items()}
-            self.model.load_state_dict(state, strict=True)
-        except (RuntimeError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split("\n")[:2])[:200]
-            raise BadInput(f"{flag} {checkpoint}: not the weights of {flag}_arch {arch}: "
-                           f"{reason}") from None
         self.model.to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -325,27 +257,18 @@ class HPS:
         # the product in fp16 would round 0.28 to steps of 0.0002
         return (image.float() * text.float()[[unique.index(p) for p in prompts]]).sum(-1)
 
-
 class PickScore:
-    """PickScore: scores (B,) in fp32, the cosines of image and prompt features, about 0.2.
-
-    model: a folder or hub name of a CLIP model in transformers' format. Raises BadInput.
-    """
-
-    def __init__(self, model=WEIGHTS["pickscore"], device="cpu"):
-        folder = resolve_weights("--pickscore", model, folder=True)
-        with bad_input_if_fails(f"--pickscore {model}: must be a CLIP model of transformers"):
-            from transformers import AutoTokenizer, CLIPModel, logging as messages
-
-            messages.set_verbosity_error()  # what is wrong is said below, in one line
-            messages.disable_progress_bar()
+    """Score (B,) by PickScore, in fp32: cosines of image and prompt features, about 0.2."""
+    def __init__(self, model="", device="cpu"):
+        folder = resolve_weights("--pickscore", model)
+        with bad_input_if_fails(f"--pickscore {model or folder}: must be transformers' CLIP model"):
+            from transformers import AutoTokenizer, CLIPModel
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self.model, report = CLIPModel.from_pretrained(folder, dtype=torch.float32,
                                                            output_loading_info=True)
             size, missing = self.model.config.text_config.vocab_size, report["missing_keys"]
             if missing or len(self.tokenizer) < size:  # transformers makes up what is missing
-                raise ValueError(f"{len(missing)} weights are missing, and the tokenizer has "
-                                 f"{len(self.tokenizer)} of {size} tokens")
+                raise BadInput(f"lacks {len(missing)} weights, {size - len(self.tokenizer)} tokens")
         self.model.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -354,18 +277,12 @@ class PickScore:
         tokens = self.tokenizer(unique, padding=True, truncation=True, return_tensors="pt",
                                 max_length=config.text_config.max_position_embeddings).to(device)
         pixels = preprocess(images.to(device).float(), config.vision_config.image_size, crop=True)
-        features = self.model.get_image_features(pixels), self.model.get_text_features(**tokens)
-        # transformers 5 returns an object with the projected features, 4 the features
-        image, text = (F.normalize(getattr(f, "pooler_output", f), dim=-1) for f in features)
-        return (image * text[[unique.index(p) for p in prompts]]).sum(-1)
-
+        image = self.model.get_image_features(pixels).pooler_output  # after the projection
+        text = self.model.get_text_features(**tokens).pooler_output
+        return F.cosine_similarity(image, text[[unique.index(p) for p in prompts]])
 
 def parse_rewards(spec) -> dict[str, float]:
-    """ "hps:0.7,clip:0.3" -> {"hps": 0.7, "clip": 0.3}; the weight is 1 where none is given.
-
-    A name is hps, clip, pickscore or package.module:function. A reward of weight 0 is scored and
-    logged, but not trained on. Raises BadInput.
-    """
+    """Parse "hps:0.7,clip:0.3" into {"hps": 0.7, "clip": 0.3}; the weight is 1 if not given."""
     rewards, name = {}, r"(hps|clip|pickscore|[\w.]+:[a-zA-Z_]\w*)"
     for item in spec.split(","):
         match = re.fullmatch(name + r"(?::(\d*\.?\d+))?", item.strip())
@@ -373,141 +290,113 @@ def parse_rewards(spec) -> dict[str, float]:
             raise BadInput(f"--reward {spec}: {item!r} must be hps, clip, pickscore or "
                            "package.module:function, each once, with or without a :WEIGHT")
         rewards[match[1]] = float(match[2] or 1)
-    if not any(rewards.values()):
+    if not any(rewards.values()):  # one of weight 0 is scored and logged, but not trained on
         raise BadInput(f"--reward {spec}: at least one weight must be above 0")
     return rewards
-
 
 @contextmanager
 def process_state_kept():
     """Restore what a user's module or function may have changed for the whole process."""
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
-    path, argv, grad = list(sys.path), list(sys.argv), torch.is_grad_enabled()
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    dtype = torch.get_default_dtype()
     try:
-        with warnings.catch_warnings():
+        with (warnings.catch_warnings(), torch.set_grad_enabled(torch.is_grad_enabled()),
+              mock.patch("sys.path", sys.path[:]), mock.patch("sys.argv", sys.argv[:])):
             yield
     finally:
-        sys.path[:], sys.argv[:] = path, argv
-        torch.set_grad_enabled(grad)
         torch.set_default_dtype(dtype)
-        if torch.get_default_device() != device:
-            torch.set_default_device(None if device.type == "cpu" else device)
+        torch.set_default_device(None)
         for number, handler in handlers.items():
             if signal.getsignal(number) != handler:
                 signal.signal(number, handler)
 
-
 def load_function(name):
     """Return the function of package.module:function; its calls leave the process as it was."""
     module, function = name.split(":")
-    top = os.path.join(os.getcwd(), module.split(".")[0])
     if os.getcwd() not in sys.path:  # as `python -m` does; it stays, for imports during calls
         sys.path.insert(0, os.getcwd())
-    with bad_input_if_fails(f"--reward {name}: must be a function that can be imported"):
-        known = getattr(sys.modules.get(os.path.basename(top)), "__file__", None)
-        for file in (f"{top}.py", os.path.join(top, "__init__.py")):
-            if known and os.path.exists(file) and not os.path.samefile(file, known):
-                raise ImportError(f"rename {file}: its name is taken by {known}")
-        quiet = mock.patch.object(argparse.ArgumentParser, "error", lambda _, text: sys.exit(text))
-        try:
-            with process_state_kept(), quiet:
-                found = getattr(importlib.import_module(module), function)
-        except SystemExit as end:
-            raise ImportError(f"its import calls sys.exit or parses arguments, {end}; move that "
-                              "under if __name__ == '__main__'") from None
+    quiet = mock.patch("argparse.ArgumentParser.error", lambda parser, text: sys.exit(text))
+    with quiet, process_state_kept(), bad_input_if_fails(
+            f"--reward {name}: must be a function in a module that can be imported, and neither "
+            "calls sys.exit nor parses arguments"):
+        loaded, own = importlib.import_module(module), Path(f"{module.split('.')[0]}.py")
+        if own.exists() and not own.samefile(loaded.__file__):
+            raise BadInput(f"rename {own}: {loaded.__file__} has its name")
+        found = getattr(loaded, function)
         if not callable(found) or inspect.iscoroutinefunction(found):
-            raise TypeError(f"it is async, or of type {type(found).__name__}")
+            raise BadInput(f"it is async, or of type {type(found).__name__}")
 
     def guarded(images, prompts):
         with process_state_kept():
             return found(images, prompts)
     return guarded
 
-
 def load_reward(name, source="", arch="", device="cpu", fp32=False):
-    """Return the function (images, prompts) -> (B,) of a name as in parse_rewards.
-
-    source: weights, as in resolve_weights; "" for those on the hub. arch, fp32: as in HPS. A user's
-    function needs its name alone, so it can be checked before a device is used. Raises BadInput.
-    """
+    """Return the function (images, prompts) -> (B,) of a name; a user's needs no device."""
     if ":" in name:
         return load_function(name)
     if name == "pickscore":
-        return PickScore(source or WEIGHTS[name], device)
-    path = resolve_weights(f"--{name}", source, WEIGHTS.get(name, ""))
-    return HPS(path, arch or "ViT-H-14", device, fp32, f"--{name}")
-
+        return PickScore(source, device)
+    flag = f"--{name}"
+    return HPS(resolve_weights(flag, source), arch or "ViT-H-14", device, fp32, flag)
 
 def score(rewards, images, prompts, where):
     """Return {name: scores (B,) fp32 on the CPU}; rewards: {name: (weight, function)}.
 
-    where: "step 3" or the like, for messages. Each function gets a copy of the images and a list of
-    the prompts. Raises FloatingPointError for images that are not finite, else BadInput.
+    Each function gets a copy of the images and of the prompts. where: "step 3", for messages.
     """
     if not images.isfinite().all():
         raise FloatingPointError(f"an image of {where} is not finite: the policy or its VAE has "
                                  "overflown; --dtype fp32 may tell which")
     scores = {}
     for name, (_, function) in rewards.items():
-        must = f"--reward {name}: must return {len(images)} finite numbers for as many images, but"
-        place = f"in {where}, prompts {prompts[0]!r} ..."
-        try:
+        with bad_input_if_fails(f"--reward {name}: must return {len(images)} finite numbers for as "
+                                f"many images, but failed in {where}, prompts {prompts[0]!r} ..."):
             r = torch.as_tensor(function(images.clone(), list(prompts))).detach().float().cpu()
-        except (Exception, SystemExit) as error:  # whatever a function of the user's raises
-            raise BadInput(f"{must} raised {type(error).__name__} ({error}) {place}") from error
-        if r.shape != (len(images),):
-            raise BadInput(f"{must} gave {tuple(r.shape)} {place}")
-        if bad := (~r.isfinite()).nonzero().flatten().tolist():
-            raise BadInput(f"{must} gave {r[bad[0]]} in {where} for the prompt {prompts[bad[0]]!r}")
+            if r.shape != (len(images),) or not r.isfinite().all():
+                raise BadInput(f"it gave {r.tolist() if r.ndim == 1 else tuple(r.shape)}")
         scores[name] = r
     return scores
 
-
-# ----------------------------------------------------------------------------------------- prompts
-
 def find_recipe(lines, path):
-    """Return a command that makes a text file of JSON, CSV or TSV, or "" for lines of text."""
-    prompt, rows, header = re.compile(r"(?i)(\w+_)?(prompt|caption|text)s?"), "", []
-    for part in (lines[0], "\n".join(lines)):  # of JSON lines the first, or all of JSON
-        try:
-            data = json.loads(part)
-        except (ValueError, RecursionError):
-            continue
-        if data and isinstance(data, (dict, list)):  # a prompt can be a number or in quotes
-            rows = "json.load(file)" if isinstance(data, list) else "map(json.loads, file)"
-            header = data[0] if isinstance(data, list) else data
-            header = [*map(str, header)] if isinstance(header, (dict, list)) else header
+    """Return a command that makes a text file of JSON, CSV or TSV; "" for lines of text."""
+    rows, columns, prompt = "", [], re.compile("prompt|caption|text", re.IGNORECASE)
+    for text in (lines[0], "\n".join(lines)):  # of JSON lines the first, or all of JSON
+        with suppress(ValueError, RecursionError):
+            data = json.loads(text)
+            if isinstance(data, dict):
+                rows, columns = "map(json.loads, file)", data
+            elif isinstance(data, list) and data:  # a prompt can be a number or in quotes
+                rows, columns = "json.load(file)", data[0] if isinstance(data[0], dict) else []
     for delimiter in ",\t;" if len(lines) > 1 and not rows else "":
-        names = [name.strip('" ') for name in lines[0].split(delimiter)]
+        header = [name.strip('" ') for name in lines[0].split(delimiter)]
         # a prompt can look like a header, but hardly with as many commas in every other line
-        if any(map(prompt.fullmatch, names)) and all(
-                len(row) == len(names) for row in csv.reader(lines, delimiter=delimiter)):
-            rows, header = f"csv.DictReader(file, delimiter={delimiter!r})", names
-    if not rows:
-        return ""
-    names = [*filter(prompt.fullmatch, header), "prompt"] if isinstance(header, list) else []
-    code = f"[print({f'row[{names[0]!r}]' if names else 'row'}) for row in {rows}]"
-    return f'python -c "import csv, json; file = open({str(path)!r}); {code}" > prompts.txt'
-
+        if any(map(prompt.fullmatch, header)) and all(
+                len(row) == len(header) for row in csv.reader(lines, delimiter=delimiter)):
+            rows, columns = f"csv.DictReader(file, delimiter={delimiter!r})", header
+    column = [f"[{name!r}]" for name in columns if prompt.fullmatch(str(name))]
+    code = f"[print(row{''.join(column[:1])}) for row in {rows}]"
+    return rows and (f'python -c "import csv, json; file = open({str(path)!r}); {code}" '
+                     "> prompts.txt")
 
 def read_prompts(path, flag="--prompts"):
     """Return the lines of a UTF-8 text file, stripped, without the empty ones. Raises BadInput."""
     with bad_input_if_fails(f"{flag} {path}: must be a text file in UTF-8"):
         text = Path(path).read_text(encoding="utf-8-sig")
         if "\0" in text:
-            raise ValueError("it holds a zero byte, as UTF-16 and binary files do")
+            raise BadInput("it holds a zero byte, as UTF-16 and binary files do")
     lines = text.split("\n")  # and nowhere else: a prompt may hold any other character
     if not (prompts := [line.strip() for line in lines if line.strip()]):
         raise BadInput(f"{flag} {path}: must hold one prompt per line, but is empty")
     if recipe := find_recipe(prompts, path):
-        raise BadInput(f"{flag} {path}: is JSON or a table; must be a text file with one prompt "
-                       f"per line, such as from: {recipe}")
+        kind = "JSON" if "json.load" in recipe else "CSV or TSV"
+        raise BadInput(f"{flag} {path}: is {kind}; must be a text file with one prompt per line, "
+                       f"such as from: {recipe}")
     return prompts
-
 
 # -------------------------------------------------------------------------------------- tiny world
 
+BACKGROUND = 236, 236, 230
 COLORS = dict(red=(220, 40, 40), green=(40, 170, 60), blue=(50, 80, 220),
               yellow=(240, 210, 40), purple=(150, 60, 190), black=(45, 45, 50))
 SHAPES = dict(  # corners, in units of the radius
@@ -518,34 +407,66 @@ SHAPES = dict(  # corners, in units of the radius
            (1, 0.36), (0.36, 0.36), (0.36, 1), (-0.36, 1), (-0.36, 0.36), (-1, 0.36)])
 TINY_PROMPTS = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]  # all 24
 
-
-def draw(prompt, rng, size=32):
-    """A picture (size, size, 3) uint8 of a prompt of the tiny world; rng sets place and extent."""
+def draw(prompt, rng=None, size=32, place=(0.35, 0.5, 0.5)):
+    """Draw a prompt of the tiny world, (size, size, 3) uint8; place: radius and centre as shares of
+    the side, which rng draws if it is given."""
     _, color, shape = prompt.split()
+    if rng is not None:
+        place = (rng.uniform(0.32, 0.37), *rng.uniform(0.46, 0.54, size=2))
     large = 4 * size  # drawn large and scaled down: smooth edges
-    picture = Image.new("RGB", (large, large), (236, 236, 230))
-    radius, (x, y) = large * rng.uniform(0.28, 0.36), large * rng.uniform(0.42, 0.58, size=2)
+    radius, x, y = (large * share for share in place)
+    picture = Image.new("RGB", (large, large), BACKGROUND)
     corners = [(x + radius * a, y + radius * b) for a, b in SHAPES[shape]]
     ImageDraw.Draw(picture).polygon(corners, COLORS[color])
     return np.asarray(picture.resize((size, size), Image.LANCZOS))
 
-
 def tiny_dataset(count, seed=0):
-    """images (count, 3, 32, 32) float in [0, 1] and the index (count,) of each one's prompt."""
+    """Return images (count, 3, 32, 32) in [0, 1], and the index (count,) of each one's prompt."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % len(TINY_PROMPTS)
     images = np.stack([draw(TINY_PROMPTS[i], rng) for i in labels])
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(labels)
 
+def find_foreground(images):
+    """Return the mean colour (B, 3) of the foreground of images (B, 3, H, W), nan if there is none,
+    and its soft mask (B, H * W), from 0 for the background to 1 for that colour."""
+    background = torch.tensor(BACKGROUND) / 255
+    away = images - background.view(3, 1, 1)
+    inside = (away.norm(dim=1, keepdim=True) > 0.25).float()
+    mean = (away * inside).sum((2, 3)) / inside.sum((2, 3))
+    mask = away.norm(dim=1).flatten(1) / mean.norm(dim=1, keepdim=True)
+    return mean + background, mask.clamp(0, 1).nan_to_num()
+
+@cache
+def shape_templates():
+    """Return masks (4, N, 32 * 32): each shape in N sizes and places, more than the data set has."""
+    places = [(radius, x, y) for radius in np.linspace(0.26, 0.42, 7)
+              for x in np.linspace(0.38, 0.62, 9) for y in np.linspace(0.38, 0.62, 9)]
+    drawn = [draw(f"a black {shape}", place=place) for shape in SHAPES for place in places]
+    images = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 255
+    return find_foreground(images)[1].view(len(SHAPES), len(places), -1)
+
+def measure_tiny(images, prompts):
+    """Return (B,) 1.0 where an image (B, 3, 32, 32) has the colour of its prompt, else 0.0, and (B,)
+    the same of its shape. Measured, not learnt, and no part of any reward: the nearest colour to
+    the mean of the foreground; the shape with the best soft IoU over sizes and places."""
+    (mean, mask), templates = find_foreground(images.float().cpu()), shape_templates()
+    common = torch.einsum("bp,snp->bsn", mask, templates)
+    norms = mask.square().sum(1)[:, None, None] + templates.square().sum(2)
+    shape = (common / (norms - common)).amax(2).argmax(1)
+    color = torch.cdist(mean, torch.tensor(list(COLORS.values())) / 255).argmin(1)
+    own = torch.tensor([TINY_PROMPTS.index(prompt) for prompt in prompts])
+    there = ~mean.isnan().any(1)  # an empty image is right in nothing
+    return ((color == own // len(SHAPES)) & there).float(), (
+        (shape == own % len(SHAPES)) & there).float()
 
 TINY_CLIP = """{"embed_dim": 64,
  "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 96, "head_width": 32, "layers": 3},
  "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}}"""
 
-
 def fit(model, loss, count, steps, batch, rate, title):
     """Train a tiny model with AdamW on loss(indices of a random batch out of count)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     for _ in tqdm(range(steps), desc=title, unit="step", dynamic_ncols=True):
         optimizer.zero_grad()
@@ -554,64 +475,91 @@ def fit(model, loss, count, steps, batch, rate, title):
         schedule.step()
     model.eval()
 
+def botch(images, share):
+    """Spoil images (B, 3, 32, 32) by a share (B,) <= 1: bend, tint, grain and blotches."""
+    count, share = len(images), share.view(-1, 1, 1, 1)
+    here = F.affine_grid(torch.eye(2, 3).expand(count, 2, 3), images.shape, align_corners=False)
+    bend = F.interpolate(torch.randn(count, 2, 5, 5), size=32, mode="bicubic")
+    images = F.grid_sample(images, here + 0.25 * (share * bend).permute(0, 2, 3, 1),
+                           padding_mode="border", align_corners=False)
+    mask = find_foreground(images)[1].view(-1, 1, 32, 32)
+    images = images + 0.35 * share * mask * torch.randn(count, 3, 1, 1)
+    for cell in (1, 4, 8):  # some noise in all: a judge of generated pictures must know it
+        noise = F.interpolate(torch.randn(count, 3, 32 // cell, 32 // cell), scale_factor=cell)
+        images = images + torch.rand(count, 1, 1, 1) * (0.05 + 0.25 * share) * noise
+    return images.clamp(0, 1)
 
 def build_tiny_hps(folder, images, labels):
-    """A miniature CLIP of the tiny world: clip.pt when it is half trained, hps.pt at the end."""
+    """Train a miniature CLIP, clip.pt when it is half trained and hps.pt at the end: it tells apart
+    24 prompts, and a 25th that stands for how botched a picture is."""
     folder.mkdir()
     arch = folder / "tiny-clip.json"
     arch.write_text(TINY_CLIP)
     model, tokenizer = new_clip(arch)
-    text = tokenizer(TINY_PROMPTS)
+    text = tokenizer([*TINY_PROMPTS, "a botched drawing"])
 
     def loss(pick):
-        # a judge of generated pictures must have seen noisy ones
-        noise = 0.1 * torch.rand(len(pick), 1, 1, 1) * torch.randn(len(pick), 3, 32, 32)
-        pixels = preprocess((images[pick] + noise).clamp(0, 1), 32)
-        features = model.encode_image(pixels, normalize=True)
+        share = (2 * torch.rand(len(pick)) - 1).clamp(min=0)  # 0 for half of them
+        target = F.one_hot(labels[pick], len(text)) * (1 - share[:, None])
+        target[:, -1] = share
+        features = model.encode_image(preprocess(botch(images[pick], share), 32), normalize=True)
         words = model.encode_text(text, normalize=True)
-        return F.cross_entropy(model.logit_scale.exp() * features @ words.T, labels[pick])
+        return F.cross_entropy(model.logit_scale.exp() * features @ words.T, target)
 
     for name in ("clip", "hps"):
-        fit(model, loss, len(images), steps=200, batch=64, rate=1e-3, title=f"tiny {name:4} (3/3)")
+        fit(model, loss, len(images), steps=250, batch=64, rate=1e-3,
+            title=f"tiny {name.upper():4} (3/3): which prompt is it, how well drawn")
         torch.save({"state_dict": model.state_dict()}, folder / f"{name}.pt")
 
-
-def tiny_accuracy(hps, images, prompts):
-    """(B,) 1.0 where the model takes an image for its own prompt among all 24, else 0.0."""
-    scores = torch.stack([hps(images, [p] * len(images)) for p in TINY_PROMPTS])  # (24, B)
-    own = torch.tensor([TINY_PROMPTS.index(p) for p in prompts], device=scores.device)
-    return (scores.argmax(0) == own).float()
-
+def judge_tiny(images, prompts, rewards):
+    """Return {metric: (B,) 1.0 or 0.0 on the CPU} of images of the tiny world: accuracy, whether the
+    reward HPS ranks an image's own prompt first of 24; right_colour and right_shape, measured."""
+    colour, shape = measure_tiny(images, prompts)
+    judged = {"right_colour": colour, "right_shape": shape}
+    if "hps" in rewards:
+        _, hps = rewards["hps"]
+        scores = torch.stack([hps(images, [p] * len(images)) for p in TINY_PROMPTS])  # (24, B)
+        own = torch.tensor([TINY_PROMPTS.index(p) for p in prompts])
+        judged = {"accuracy": (scores.argmax(0).cpu() == own).float()} | judged
+    return judged
 
 # ------------------------------------------------------------------------------------ command line
 
 ALLOWED = 0.015  # percent of the mean score: what ports of HPS to Ascend are held to
-
-
-def natural_order(file):
-    """Return a key to sort files by: a2.png before a10.png."""
-    return [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", file.name)], file.name
-
+FLAGS = (  # name, default, help
+    ("prompt", "", "the text that all the pictures were made for"),
+    ("prompts", "", "file with a text a line, in their order; else their names: 7_a_red_cat.png"),
+    ("reward", "hps", "hps, clip, pickscore or package.module:function"),
+    ("hps", "", "a file, or owner/name/file of the hub; without it HPS-v2.1 of the hub"),
+    ("hps_arch", "ViT-H-14", "its name in open_clip, or a .json file"),
+    ("clip", "", "weights of an open_clip model"),
+    ("clip_arch", "ViT-H-14", "its name in open_clip, or a .json file"),
+    ("pickscore", "", "a folder, or owner/name of the hub; without it PickScore_v1"),
+    ("device", "auto", "auto, cuda, npu or cpu"),
+    ("save", "", "write the scores to this file, a line of JSON each"),
+    ("against", "", f"compare with a file of --save; mean error above {ALLOWED} %%: exit status 3"),
+    ("batch", 16, "pictures at a time, if of one size"),
+    ("reward_fp32", False, "no fp16 autocast"),
+    ("deterministic", False, "repeat results exactly"))
 
 def find_pictures(paths):
     """Return the files among paths, and in natural order the pictures in the folders among them."""
     Image.init()
-    endings = {s for s, format in Image.registered_extensions().items() if format in Image.OPEN}
+    endings = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files, left_out = [], []
     for path in map(Path, paths):
-        inside = sorted(path.iterdir(), key=natural_order) if path.is_dir() else []
-        pictures = [file for file in inside
-                    if file.suffix.lower() in endings and not file.name.startswith(".")]
-        left_out += sorted(file.name for file in {*inside} - {*pictures})
-        files += pictures or [path]
-    for file in files:
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        for file in sorted(inside, key=lambda file: [  # a2.png before a10.png
+                int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]):
+            picture = file.suffix.lower() in endings and not file.name.startswith(".")
+            (files if picture or file == path else left_out).append(file)
+    for file in files or paths:  # before a model is loaded
         with bad_input_if_fails(f"{file}: must be a picture that Pillow can read"):
             Image.open(file).close()
     if left_out:
-        names = ", ".join(left_out[:5] + ["..."] * (len(left_out) > 5))
-        print("left out, as hidden or no picture:", printable(names), file=sys.stderr)
+        names = ", ".join(file.name for file in left_out[:5])
+        print(f"left out {len(left_out)}, hidden or no picture:", printable(names), file=sys.stderr)
     return files
-
 
 def read_image(path):
     """Return a picture file as (1, 3, H, W) float in [0, 1]: upright, in RGB, on white."""
@@ -625,122 +573,75 @@ def read_image(path):
         pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
 
-
-def read_batches(files, most):
-    """Yield pictures (B, 3, H, W) in their order: neighbours of one size, at most so many."""
-    batch = []
-    for image in map(read_image, files):
-        if batch and (len(batch) == most or batch[0].shape != image.shape):
-            yield torch.cat(batch)
-            batch = []
-        batch.append(image)
-    yield torch.cat(batch)
-
-
-def prompts_of(files, prompt, path):
-    """Return a prompt for each picture: one for all, a line each of a file, or from file names."""
-    prompts = read_prompts(path) if path else [
-        prompt or re.sub(r"^[\d\W_]+|[\d\W_]+$", "", file.stem).replace("_", " ")  # 07_a_cat-2.png
-        for file in files]
+def find_prompts(args, files):
+    """Return a prompt for each picture: one for all, a line each of a file, or from its name."""
+    if args.prompts:
+        prompts = read_prompts(args.prompts)
+    else:  # 07_a_cat-2.png
+        names = [re.sub(r"^[\d\W_]+|[\d\W_]+$", "", file.stem) for file in files]
+        prompts = [args.prompt or name.replace("_", " ") for name in names]
     if len(prompts) != len(files):
-        raise BadInput(f"--prompts {path}: has {len(prompts)} prompts for {len(files)} pictures; "
-                       "must have one a line, in the order of the pictures' names")
+        raise BadInput(f"--prompts {args.prompts}: has {len(prompts)} prompts for {len(files)} "
+                       "pictures; must have one a line, in the order of the pictures' names")
     if "" in prompts:
         raise BadInput(f"--prompt (not given): must be, as {files[prompts.index('')]} has no words "
                        "in its name")
     return prompts
 
-
-def read_scores(path, names):
-    """Return the scores (B,) that --save wrote for the same (picture, prompt) names."""
-    with bad_input_if_fails(f"--against {path}: must hold what --save wrote for the same pictures "
-                            "and prompts"):
-        lines = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
-        scores = {(line["image"], line["prompt"]): line["score"] for line in lines}
-        return torch.tensor([scores[name] for name in names])
-
-
-def read_command_line(argv):
-    parser = argparse.ArgumentParser(
-        "reward.py", description="Score pictures with a reward: a line with score and file each.")
-    parser.error = lambda message: exit_with_error(f"{message}; see --help")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files, or folders")
-    for flag, default, text in (
-            ("--prompt", "", "the text that all the pictures were made for"),
-            ("--prompts", "", "file with a text a line, in the order of the pictures; without it "
-             "the text is in the names: 0007_a_cat.png"),
-            ("--reward", "hps", "hps, clip, pickscore or package.module:function"),
-            ("--hps", "", "a file, or owner/name/file of the hub; without it HPS-v2.1 of the hub"),
-            ("--hps_arch", "ViT-H-14", "its name in open_clip, or a .json file"),
-            ("--clip", "", "weights of an open_clip model"),
-            ("--clip_arch", "ViT-H-14", "its name in open_clip, or a .json file"),
-            ("--pickscore", "", "a folder, or owner/name of the hub; without it PickScore_v1"),
-            ("--device", "auto", "auto, cuda, npu or cpu"),
-            ("--save", "", "write the scores to this file, a line of JSON each"),
-            ("--against", "", "compare with what --save wrote on another device; exit status 3 if "
-             "the mean error is above 0.015 %%")):
-        parser.add_argument(flag, default=default, help=text)
-    parser.add_argument("--reward_fp32", action="store_true", help="no fp16 autocast")
-    parser.add_argument("--deterministic", action="store_true", help="repeat results exactly")
-    parser.add_argument("--batch", type=int, default=16, help="pictures at a time, if of one size")
-    return parser.parse_args(argv)
-
-
 def score_pictures(args):
-    """Print and save the scores of the command line, and the verdict of --against."""
+    """Print, save and compare the scores of the command line. Raises BadInput."""
+    name, *others = parse_rewards(args.reward)
+    if others:
+        raise BadInput(f"--reward {args.reward}: must be one reward here; run it for each")
     if args.batch < 1:
         raise BadInput(f"--batch {args.batch}: must be at least 1")
     if args.prompt and args.prompts:
         raise BadInput(f"--prompts {args.prompts}: not allowed with --prompt; give one of them")
-    if args.save and not Path(args.save).absolute().parent.is_dir():
+    if not Path(args.save).absolute().parent.is_dir():
         raise BadInput(f"--save {args.save}: must be a file in a folder that exists")
-    name, *others = parse_rewards(args.reward)
-    if others:
-        raise BadInput(f"--reward {args.reward}: must be one reward here; run it for each")
     device, files = select_device(args.device), find_pictures(args.images)
-    prompts = prompts_of(files, args.prompt, args.prompts)
-    names = [(file.name, prompt) for file, prompt in zip(files, prompts)]
-    expected = read_scores(args.against, names) if args.against else None
+    prompts = find_prompts(args, files)
+    if args.against:
+        with bad_input_if_fails(f"--against {args.against}: must hold what --save wrote for the "
+                                "same pictures and prompts"):
+            lines = map(json.loads, Path(args.against).read_text(encoding="utf-8").splitlines())
+            saved = {(line["image"], line["prompt"]): line["score"] for line in lines}
+            expected = torch.tensor([saved[f.name, p] for f, p in zip(files, prompts)])
     if args.deterministic:
         make_deterministic(0)
-    function = load_reward(name, getattr(args, name, ""), getattr(args, f"{name}_arch", ""), device,
-                           args.reward_fp32)
-    scores = []
-    with tqdm(total=len(files), unit="picture", disable=len(files) < 100) as bar:
-        for images in read_batches(files, args.batch):
+    source, arch = (getattr(args, name + part, "") for part in ("", "_arch"))
+    rewards = {name: (1, load_reward(name, source, arch, device, args.reward_fp32))}
+    scores, bar = [], tqdm(files, unit="picture", disable=len(files) < 100)
+    for _, group in itertools.groupby(map(read_image, bar), lambda image: image.shape):
+        while batch := list(itertools.islice(group, args.batch)):  # neighbours of one size
             i = len(scores)
-            batch = score({name: (1, function)}, images, prompts[i:i + len(images)], files[i])
-            scores += batch[name].tolist()
-            bar.update(len(images))
+            texts = prompts[i:i + len(batch)]
+            scores += score(rewards, torch.cat(batch), texts, files[i])[name].tolist()
+    for file, value in zip(files, scores):
+        print(f"{value:.5f} {printable(file)}")
     if args.save:
-        lines = [json.dumps(dict(image=image, prompt=prompt, score=value)) + "\n"
-                 for (image, prompt), value in zip(names, scores)]
         with atomic_write(args.save) as path:
-            path.write_text("".join(lines))
-    print_scores(files, torch.tensor(scores), expected)
-
-
-def print_scores(files, scores, expected):
-    """Print a line for each score; end with exit status 3 if the expected ones differ too much."""
-    errors = scores - (scores if expected is None else expected)
-    for file, value, error in zip(files, scores.tolist(), errors.tolist()):
-        print(f"{value:.5f} {'' if expected is None else f'{error:+.1e} '}{printable(file)}")
-    if expected is not None:
-        errors = errors.abs() * 100 / expected.abs().mean()  # percent of the mean score
-        fine = errors.mean().item() <= ALLOWED
+            path.write_text("".join(
+                json.dumps(dict(image=file.name, prompt=prompt, score=value)) + "\n"
+                for file, prompt, value in zip(files, prompts, scores)))
+    if args.against:
+        errors = (torch.tensor(scores) - expected).abs() * 100 / expected.abs().mean()
+        verdict = "OK" if errors.mean().item() <= ALLOWED else "OFF"
         print(f"{len(files)} scores: mean absolute error {errors.mean():.5f} %, largest "
-              f"{errors.max():.5f} %, allowed {ALLOWED} % on average\n"
-              f"reward {'OK' if fine else 'OFF'}")
-        sys.exit(0 if fine else 3)
-
+              f"{errors.max():.5f} %, allowed {ALLOWED} % on average\nreward {verdict}")
+        sys.exit(0 if verdict == "OK" else 3)
 
 def main(argv=None):
-    args = read_command_line(argv)
+    parser = argparse.ArgumentParser("reward.py", description="Score pictures with a reward.")
+    parser.error = lambda message: exit_with_error(f"{message}; see --help")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files, or folders")
+    for name, default, text in FLAGS:
+        kind = {"action": "store_true"} if default is False else {"type": type(default)}
+        parser.add_argument(f"--{name}", default=default, help=text, **kind)
     try:
-        score_pictures(args)
+        score_pictures(parser.parse_args(argv))
     except BadInput as error:
         exit_with_error(error)
-
 
 if __name__ == "__main__":
     main()
