@@ -995,8 +995,8 @@ class Run:
     def draw(self, path, *steps):
         """Draw the pictures of these evaluations, and the curves of rewards and evaluations."""
         lines = {line["step"]: line for line in self.history}
-        names = [name for name in (*self.label(dict.fromkeys(self.rewards)), *dict(*self.history[:1]))
-                 if name != "step"]
+        names = [name for name in dict.fromkeys((
+            *self.label(dict.fromkeys(self.rewards)), *dict(*self.history[:1]))) if name != "step"]
         draw(path, {f"step {step}\n" + ", ".join(
             f"{name} {lines[step][name]:.3f}" for name in names if name in lines.get(step, ())):
             self.out / "images" / f"step_{step:05d}.png" for step in steps},

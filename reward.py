@@ -439,7 +439,7 @@ def find_foreground(images):
 
 @cache
 def shape_templates():
-    """Return masks (4, N, 32 * 32): each shape in N sizes and places, more than the data set has."""
+    """Return masks (4, N, 32 * 32): each shape in N sizes and places, more than the data has."""
     places = [(radius, x, y) for radius in np.linspace(0.26, 0.42, 7)
               for x in np.linspace(0.38, 0.62, 9) for y in np.linspace(0.38, 0.62, 9)]
     drawn = [draw(f"a black {shape}", place=place) for shape in SHAPES for place in places]
@@ -447,9 +447,9 @@ def shape_templates():
     return find_foreground(images)[1].view(len(SHAPES), len(places), -1)
 
 def measure_tiny(images, prompts):
-    """Return (B,) 1.0 where an image (B, 3, 32, 32) has the colour of its prompt, else 0.0, and (B,)
-    the same of its shape. Measured, not learnt, and no part of any reward: the nearest colour to
-    the mean of the foreground; the shape with the best soft IoU over sizes and places."""
+    """Return (B,) 1.0 where an image (B, 3, 32, 32) has the colour of its prompt, else 0.0, and
+    (B,) the same of its shape. Measured, not learnt, and no part of any reward: the nearest
+    colour to the mean of the foreground; the shape with the best soft IoU over sizes and places."""
     (mean, mask), templates = find_foreground(images.float().cpu()), shape_templates()
     common = torch.einsum("bp,snp->bsn", mask, templates)
     norms = mask.square().sum(1)[:, None, None] + templates.square().sum(2)
@@ -512,8 +512,8 @@ def build_tiny_hps(folder, images, labels):
         torch.save({"state_dict": model.state_dict()}, folder / f"{name}.pt")
 
 def judge_tiny(images, prompts, rewards):
-    """Return {metric: (B,) 1.0 or 0.0 on the CPU} of images of the tiny world: accuracy, whether the
-    reward HPS ranks an image's own prompt first of 24; right_colour and right_shape, measured."""
+    """Return {metric: (B,) 1.0 or 0.0 on the CPU} of images of the tiny world: accuracy, whether
+    HPS ranks an image's own prompt first of 24; right_colour and right_shape, measured."""
     colour, shape = measure_tiny(images, prompts)
     judged = {"right_colour": colour, "right_shape": shape}
     if "hps" in rewards:
