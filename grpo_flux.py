@@ -1266,14 +1266,15 @@ def find_checkpoint(cfg, out):
 @contextmanager
 def stop_signals():
     """List the signals that ask the run to stop: it ends its step and saves. A second one kills."""
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
-    received, ignored = [], [n for n in numbers if signal.getsignal(n) == signal.SIG_IGN]  # nohup
+    received, numbers = [], [
+        number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+        if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
 
     def note(number, _):
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, note) for number in {*numbers} - {*ignored}}
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received
     finally:

@@ -513,9 +513,9 @@ def build_tiny_hps(folder, images, labels):
 
 def judge_tiny(images, prompts, rewards):
     """Return {metric: (B,) 1.0 or 0.0 on the CPU} of images of the tiny world: accuracy, whether
-    HPS ranks an image's own prompt first of 24; right_colour and right_shape, measured."""
+    HPS ranks an image's own prompt first of 24; right_colour, _shape, _both: as measured."""
     colour, shape = measure_tiny(images, prompts)
-    judged = {"right_colour": colour, "right_shape": shape}
+    judged = {"right_colour": colour, "right_shape": shape, "right_both": colour * shape}
     if "hps" in rewards:
         _, hps = rewards["hps"]
         scores = torch.stack([hps(images, [p] * len(images)) for p in TINY_PROMPTS])  # (24, B)
