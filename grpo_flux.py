@@ -415,9 +415,9 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg, referenc
     orders = [randperm(len(window), cfg.seed, TRAIN_STEPS, *key)[:K] for key in keys]
     train_steps = torch.stack(orders).to(device) + window.start  # (B, K)
     count = cfg.num_prompts * cfg.num_generations // cfg.batch_size  # optimizer steps
-    nonzero = torch.stack(gather((advantages.view(count, -1) != 0).any(1))).any(0)  # (count,)
+    nonzero = torch.stack(gather((advantages.view(count, -1) != 0).any(1))).any(0).tolist()
     advantages, results = advantages.to(device), []
-    for batch in torch.arange(len(keys), device=device).view(count, -1)[nonzero.to(device)]:
+    for batch in torch.arange(len(keys), device=device).view(count, -1)[nonzero]:
         totals, ratio_max_dev = torch.zeros(4, device=device), torch.zeros((), device=device)
         for i in batch.split(cfg.micro_batch):
             inputs = [c[i] for c in text]
@@ -813,6 +813,7 @@ class Policy:
 
     def save(self, folder, rank):
         """Write a checkpoint atomically, as safetensors: torch's own pickles can run code."""
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may be
         with atomic_write(folder, rank) as work, dcp_errors():
             dcp.save({name: x.detach().cpu() for name, x in self.state().items()},
                      storage_writer=dcp.HuggingFaceStorageWriter(work, save_distributed=True),
@@ -1067,7 +1068,7 @@ TINY = dict(  # the defaults of --model tiny, where they differ
     micro_batch=12, batch_size=12, learning_rate=2e-4, clip_range=5e-4, ema_decay=0.9,
     gradient_checkpointing=0.0, eval_images=192)
 MISCAPTIONED = 0.6  # share of the pre-training samples that get a prompt drawn at random
-TINY_VERSION = 1  # to be raised with any change of what is built, and of text_length and shift
+TINY_VERSION = 2  # to be raised with any change of what is built, and of text_length and shift
 
 def tiny_models(cfg):
     """Return the settings that name the tiny models; the first process builds them, once."""

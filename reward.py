@@ -460,7 +460,7 @@ def measure_tiny(images, prompts):
     return ((color == own // len(SHAPES)) & there).float(), (
         (shape == own % len(SHAPES)) & there).float()
 
-TINY_CLIP = """{"embed_dim": 64,
+TINY_CLIP = """{"embed_dim": 64, "quick_gelu": true,
  "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 96, "head_width": 32, "layers": 3},
  "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}}"""
 
