@@ -1307,6 +1307,9 @@ def train(run, info, checkpoint):
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 line |= run.evaluate(step)
             run.write(line)
+            bar.set_postfix_str(" ".join(f"{name} {line[name]:.3g}" for name in (
+                *run.label(scores), "ratio", "clip_frac", "grad_norm")), refresh=False)
+            bar.update()
             bad = bad + 1 if stats["skipped"] else 0
             if bad == 3:
                 raise FloatingPointError(f"the gradient was not finite in steps {step - 2} to "
@@ -1316,10 +1319,6 @@ def train(run, info, checkpoint):
                 policy.save(out / "checkpoints" / f"step_{step:05d}", run.rank)
                 for folder in checkpoints(out)[:-cfg.keep_last] if run.rank == 0 else ():
                     remove(folder)
-            # after saving, as it fails when the terminal has gone
-            bar.set_postfix_str(" ".join(f"{name} {line[name]:.3g}" for name in (
-                *run.label(scores), "ratio", "clip_frac", "grad_norm")), refresh=False)
-            bar.update()
             if stop:
                 sys.exit(130 if signal.SIGINT in received else 0)
     with policy.ema_weights():

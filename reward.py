@@ -58,6 +58,8 @@ def bad_input_if_fails(message):
     except torch.OutOfMemoryError:
         raise
     except (Exception, SystemExit) as error:  # a user's files and modules can raise anything
+        if str(error).startswith("--"):  # it names the flag that is to blame
+            raise
         text = str(error).split("WeightsUnpickler error: ")[-1]  # leave out torch's advice
         kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
         raise BadInput(f"{message} ({kind}{text})") from None
