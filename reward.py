@@ -90,6 +90,7 @@ def atomic_write(path, rank=0):
     try:
         yield temporary
         old = path.with_name(f"old-{path.name}")
+        remove(old)
         if path.is_dir():  # a rename takes the place of files only
             path.rename(old)
         os.replace(temporary, path)
