@@ -38,6 +38,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import time
 import warnings
 from collections import namedtuple
@@ -998,11 +999,12 @@ class Run:
         lines = {line["step"]: line for line in self.history}
         names = [name for name in dict.fromkeys((
             *self.label(dict.fromkeys(self.rewards)), *dict(*self.history[:1]))) if name != "step"]
-        draw(path, {f"step {step}\n" + ", ".join(
-            f"{name} {lines[step][name]:.3f}" for name in names if name in lines.get(step, ())):
-            self.out / "images" / f"step_{step:05d}.png" for step in steps},
-            {name: [(step, line[name]) for step, line in lines.items() if name in line]
-             for name in names})
+        titles = {step: ", ".join(f"{name} {lines[step][name]:.3f}" for name in names
+                                  if name in lines.get(step, ())) for step in steps}
+        draw(path, {f"step {step}\n{textwrap.fill(title, 50)}":
+                    self.out / "images" / f"step_{step:05d}.png" for step, title in titles.items()},
+             {name: [(step, line[name]) for step, line in lines.items() if name in line]
+              for name in names})
 
 def draw(path, pictures, curves):
     """Draw image files side by side, {title: file}, and curves beside them, {label: points}."""

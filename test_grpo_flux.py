@@ -1427,7 +1427,8 @@ LATE = [
     *table({
         "CANN": "device=npu", "CUDA build": "device=cuda", "new folder": "record=one.txt/x",
         "not found; must be a file": "hps=none.pt", "can be written to": "cache=one.txt",
-        f"cache/tiny-{grpo_flux.TINY_VERSION}": "cache=cache", "error: --attention x: diff": "attention=x",
+        f"cache/tiny-{grpo_flux.TINY_VERSION}": "cache=cache",
+        "error: --attention x: diff": "attention=x",
         "written to, and that no other": "out=one.txt out=one.txt/x out=/proc/x out=busy",
         "not of this policy": "out=run_run", "in step 3, prompts 'a": "reward=judges:later",
         "in the evaluation of step 0, prompts 'a red circle'": "reward=judges:nan",
