@@ -30,7 +30,6 @@ only --record and --replay make more of it.
 """
 
 import argparse
-import gc
 import hashlib
 import json
 import math
@@ -38,7 +37,6 @@ import os
 import re
 import signal
 import sys
-import textwrap
 import time
 import warnings
 from collections import namedtuple
@@ -64,7 +62,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import reward
-from reward import BadInput, atomic_write, bad_input_if_fails, printable, remove
+from reward import BadInput, atomic_write, bad_input_if_fails, printable, remove, require
 
 # ------------------------------------------------------------------------------------------ config
 
@@ -78,7 +76,6 @@ class Config:
     model: str = flag("tiny", "tiny, or a folder or hub name of FLUX.1 in diffusers format")
     prompts: str = flag("", "text file in UTF-8, a prompt a line; tiny has 24 of its own")
     out: str = flag("", "folder for all that a run writes; else runs/<model>")
-    cache: str = flag("", "folder that keeps the tiny models; else ~/.cache/grpo_flux")
     device: str = flag("auto", "auto: an accelerator, if there is one", choices=reward.DEVICES)
     dtype: str = flag("auto", "auto: bf16, on a cpu fp32", choices=("auto", "fp32", "bf16"))
     seed: int = flag(0, "part of the key of every random draw", 0, 2**32 - 1)
@@ -137,26 +134,20 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            must = ""
-            if f.metadata["choices"] and value not in f.metadata["choices"]:
-                must = f"one of {' '.join(f.metadata['choices'])}"
-            elif low is not None and not low <= value <= high:
-                must = f"from {low:.10g} to {high:.10g}"
-            elif f.name in ("height", "width") and value % 16:
-                must = "a multiple of 16"
-            if must:
-                place = f" (with --replay {self.replay})" * bool(self.replay)
-                raise BadInput(f"--{f.name} {value}{place}: must be {must}")
+            value, (_, low, high, choices) = getattr(self, f.name), f.metadata.values()
+            shown = f"{value} (with --replay {self.replay})" if self.replay else value
+            require(low is None or low <= value <= high, f.name, shown, f"from {low} to {high}")
+            require(value in (choices or [value]), f.name, shown, f"one of {' '.join(choices)}")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            require(value % 16 == 0, name, value, "a multiple of 16")
         P, G, size = self.num_prompts, self.num_generations, self.batch_size
-        if P * G % size or size % G and size % P:
-            raise BadInput(f"--batch_size {size}: must divide the {P * G} images of a GRPO step, a "
-                           f"multiple of num_generations {G} (whole groups) or num_prompts {P}")
-        if self.sde_window >= self.sampling_steps:
-            raise BadInput(f"--sde_window {self.sde_window}: must be below sampling_steps "
-                           f"{self.sampling_steps}")
-        if self.record and self.replay:
-            raise BadInput(f"--record {self.record} --replay {self.replay}: must be one of them")
+        require(P * G % size == 0 and (size % G == 0 or size % P == 0), "batch_size", size,
+                f"a divisor of the {P * G} images of a GRPO step, and a multiple of "
+                f"num_generations {G} (whole groups) or of num_prompts {P}")
+        require(self.sde_window < self.sampling_steps, "sde_window", self.sde_window,
+                f"below sampling_steps {self.sampling_steps}")
+        require(not (self.record and self.replay), "record", self.record, "without --replay")
         reward.parse_rewards(self.reward)
 
 # ------------------------------------------------------------------------------------------- draws
@@ -539,7 +530,12 @@ class Tape:
         if self.cfg.record or self.cfg.replay:
             self.step, self.keys, self.results = step, keys, {}
             self.file = tape_file(self.cfg.record or self.cfg.replay, step, self.rank)
-            self.recorded = load_file(self.file) if self.cfg.replay else {}
+            if self.cfg.replay:
+                with bad_input_if_fails(f"--replay {self.file}: must be a whole file of --record"):
+                    self.recorded = load_file(self.file)
+            for name in self.recorded:
+                require(TAPE_NAMES.fullmatch(name), "replay", f"{self.file}: {name}", "a draw or "
+                        "stage that something reads")
 
     def draw(self, fresh, seed, purpose, step, prompt_index=0, sample=0, t=0):
         """Return a draw: fresh, or the recorded one in its place."""
@@ -553,18 +549,15 @@ class Tape:
             LATENTS: (f"input_latents_{step + 1}_{rank}" + f"_{row}" * (row > 0), 1),
             NOISE: (f"coff_{(step * samples + row) * T + t}_{rank}", 1),
             TRAIN_STEPS: (f"perms_{step + 1}_{rank}", samples)}[purpose]
-        draws = self.find(name, fresh.new_zeros(count, *fresh.shape))
-        if self.cfg.record:
-            draws[row % count] = fresh
-        return draws[row % count].to(fresh.dtype)
+        if self.cfg.replay:
+            return self.find(name, (count, *fresh.shape))[row % count].to(fresh.dtype)
+        self.results.setdefault(name, fresh.new_zeros(count, *fresh.shape))[row % count] = fresh
+        return fresh
 
-    def find(self, name, like):
-        """Return the recorded tensor, of the same shape as like; a new record starts from like."""
-        if self.cfg.record:
-            return self.results.setdefault(name, like)
-        shape = tuple(self.recorded[name].shape) if name in self.recorded else "is missing"
-        if shape != tuple(like.shape):
-            raise BadInput(f"--replay {self.file}: {name} {shape}: must be {tuple(like.shape)}")
+    def find(self, name, shape):
+        """Return a recorded tensor; refuse one that is missing or has another shape."""
+        found = tuple(self.recorded[name].shape) if name in self.recorded else "is missing"
+        require(found == tuple(shape), "replay", f"{self.file}: {name} {found}", tuple(shape))
         return self.recorded[name]
 
     def note(self, stage, *results):
@@ -575,7 +568,7 @@ class Tape:
             result = torch.as_tensor(result).detach().to("cpu", torch.float32, copy=True)
             self.results[name] = result.contiguous()
             if name in self.recorded:
-                self.find(name, result)
+                self.find(name, result.shape)
         replayed = self.recorded.get(f"{stage}.0") if stage == "images" else None
         return results[0] if replayed is None else replayed.to(results[0].device)
 
@@ -592,22 +585,21 @@ class Tape:
             measure = error.mean() if TOLERANCES[stage][0] == "mean" else (
                 error.sum() / theirs.abs().sum().clamp(min=1e-30))
             self.errors.append((self.step, list(TOLERANCES).index(stage), self.rank, error.numel(),
-                                error.max().item(), measure.item()))
+                                measure.item()))
         self.file, self.recorded = None, {}
 
     def verdict(self):
         """Return the table of a replay over all processes as text; its last line is OK or OFF."""
         errors, off = sum(gather(self.errors), []), []
-        lines = ["stage                     count  max error       worst     allowed"]
+        lines = ["stage                     count       worst     allowed"]
         for i, (stage, (measure, *limits)) in enumerate(TOLERANCES.items()):
             rows, limit = [row for row in errors if row[1] == i], limits[self.cfg.dtype == "bf16"]
-            _, _, _, counts, largest, worst = zip(*rows) if rows else [(0,)] * 6
-            wrong = [row for row in rows if not row[-1] <= limit]  # nan is OFF, too
+            off += (wrong := [row for row in rows if not row[-1] <= limit])  # nan is OFF, too
             word = "OFF" if wrong else "OK" if rows else "not recorded"
-            lines.append(f"{stage:18}{sum(counts):13}{max(largest):11.1e}{max(worst):12.1e}"
-                         f"{limit:12.1e} {measure:9}{word}")
-            off += wrong
-        for step, i, rank, *_ in sorted(off)[:1]:
+            count, worst = sum(row[3] for row in rows), max([row[4] for row in rows], default=0)
+            lines.append(f"{stage:18}{count:13}{worst:12.1e}{limit:12.1e} {measure:9}{word}")
+        if off:
+            step, i, rank, *_ = min(off)
             lines.append(f"first OFF: step {step + 1}, rank {rank}, stage {list(TOLERANCES)[i]}; "
                          "what comes after it is noise")
         word = "OFF" if off else "OK" if errors else "without results to compare"
@@ -617,17 +609,12 @@ def tape_file(folder, step, rank):
     return Path(folder) / f"step_{step + 1:05d}_rank_{rank}.safetensors"
 
 def read_record(folder):
-    """Return a record's settings, and the prompts of its GRPO steps; refuse what nothing reads."""
+    """Return a record's settings, and the prompts of its GRPO steps."""
     types = {f.name: f.type for f in fields(Config)}
     with bad_input_if_fails(f"--replay {folder}: must be a folder of --record, or like one"):
         info = json.loads((Path(folder) / "config.json").read_text())
-        unknown = [*(info.keys() - types.keys() - {"machine", "versions", "step_prompts"})]
-        for path in sorted(Path(folder).glob("*.safetensors")):
-            with bad_input_if_fails(f"--replay {path}: is broken"), safe_open(path, "pt") as file:
-                unknown += [f"{name} in {path.name}" for name in file.keys()
-                            if not TAPE_NAMES.fullmatch(name)]
-        if unknown:
-            raise BadInput(f"nothing reads {unknown[0]}")
+        if unknown := info.keys() - types.keys() - {"machine", "versions", "step_prompts"}:
+            raise BadInput(f"nothing reads {min(unknown)} of its config.json")
         settings = {name: types[name](value) for name, value in info.items()
                     if name in types and name not in MACHINE_LOCAL}
     return settings, info.get("step_prompts") or []
@@ -715,7 +702,6 @@ def prepare_policy(transformer, cfg):
     """Add adapters, gradient checkpointing, an attention backend and compilation, as cfg says."""
     if cfg.lora_rank:
         from peft import LoraConfig  # takes seconds
-
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             transformer.add_adapter(LoraConfig(  # which freezes all else
@@ -760,6 +746,10 @@ class Policy:
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
         self.optimizer.register_step_pre_hook(lambda *_: self.reshard())
+        for p in self.parameters.values():  # as AdamW's first step would; a checkpoint needs them
+            self.optimizer.state[p] = dict(step=torch.zeros((), device=p.device),
+                                           exp_avg=torch.zeros_like(p),
+                                           exp_avg_sq=torch.zeros_like(p))
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()
                          if cfg.ema_decay}
         if cfg.kl_beta and cfg.lora_rank:
@@ -802,14 +792,11 @@ class Policy:
         exchange()
 
     def state(self):
-        """Return {name: tensor}: weights, AdamW's moments (made by its first step), averages."""
+        """Return {name: tensor} of the weights, their averages, and AdamW's state."""
         state = {f"average.{name}": mean for name, mean in self.averages.items()}
         for name, p in self.parameters.items():
-            state[f"weights.{name}"], moments = p.detach(), self.optimizer.state[p]
-            if not moments:
-                moments.update(step=torch.zeros((), device=p.device),
-                               exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            state |= {f"moments.{name}.{key}": moment for key, moment in moments.items()}
+            state[f"weights.{name}"] = p.detach()
+            state |= {f"moments.{name}.{key}": x for key, x in self.optimizer.state[p].items()}
         return state
 
     def save(self, folder, rank):
@@ -854,7 +841,7 @@ class Run:
 
     def __init__(self, cfg, prompts, out, device, rank, world):
         self.out, self.device, self.rank, self.world = out, device, rank, world
-        (self.step_prompts, self.eval_prompts), self.history, self.board = prompts, [], None
+        (self.step_prompts, self.eval_prompts), self.board = prompts, None
         if cfg.dtype == "auto":
             cfg = replace(cfg, dtype="bf16" if reward.is_accelerator(device) else "fp32")
         if cfg.model == "tiny":
@@ -970,63 +957,51 @@ class Run:
                          self.out / "before_after.png"]:
             remove(leftover)
         write_json(self.out / "config.json", info)
-        lines = read_metrics(self.out) if first else []
-        self.history = [line for line in lines if line["step"] <= first]
+        kept = [line for line in read_metrics(self.out) if first and line["step"] <= first]
         with atomic_write(self.out / "metrics.jsonl") as path:
-            path.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         try:
             from torch.utils.tensorboard import SummaryWriter
-
             self.board = SummaryWriter(self.out / "tensorboard", purge_step=first + 1)
-        except Exception as error:  # it is optional, whatever a broken installation raises
-            if not isinstance(error, ModuleNotFoundError):
-                print(printable(f"no TensorBoard ({type(error).__name__}: {error})"))
+        except Exception as error:  # it is optional, and a broken installation can raise anything
+            print(printable(f"no TensorBoard: {error}"))
 
     def write(self, line):
         """Append a line to metrics.jsonl; after an evaluation draw the curves."""
         if self.rank:
             return
-        self.history.append(line)
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in line.items() if self.board else ():
             self.board.add_scalar(name, value, line["step"])
         if any("held_out" in name for name in line):
-            self.draw(self.out / "reward.png")
+            draw(self.out / "reward.png", [self.out])
 
-    def draw(self, path, *steps):
-        """Draw the pictures of these evaluations, and the curves of rewards and evaluations."""
-        lines = {line["step"]: line for line in self.history}
-        names = [name for name in dict.fromkeys((
-            *self.label(dict.fromkeys(self.rewards)), *dict(*self.history[:1]))) if name != "step"]
-        titles = {step: ", ".join(f"{name} {lines[step][name]:.3f}" for name in names
-                                  if name in lines.get(step, ())) for step in steps}
-        draw(path, {f"step {step}\n{textwrap.fill(title, 50)}":
-                    self.out / "images" / f"step_{step:05d}.png" for step, title in titles.items()},
-             {name: [(step, line[name]) for step, line in lines.items() if name in line]
-              for name in names})
-
-def draw(path, pictures, curves):
-    """Draw image files side by side, {title: file}, and curves beside them, {label: points}."""
+def draw(path, folders, *pictures):
+    """Draw pictures of evaluations, files of these runs, and the curves of the runs beside them."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may be missing in this process
     from matplotlib.figure import Figure
     from matplotlib.image import imread
-
-    pictures = {title: imread(file) for title, file in pictures.items() if file.exists()}
-    height = max([4.5, *(4 * len(image) / len(image[0]) + 0.6 for image in pictures.values())])
+    pictures = {file: imread(file) for file in pictures if file.exists()}
+    height = max([4.5, *(4 * len(image) / len(image[0]) + 0.4 for image in pictures.values())])
     figure = Figure((4 * len(pictures) + 5, height), layout="constrained", dpi=120)
     *panels, axes = figure.subplots(1, len(pictures) + 1, squeeze=False)[0]
-    for panel, (title, image) in zip(panels, pictures.items()):
+    for panel, (file, image) in zip(panels, pictures.items()):
         panel.imshow(image)
-        panel.set_title(title, fontsize=9, parse_math=False)
+        panel.set_title(f"{file.parent.parent}, step {int(file.stem[5:])}", parse_math=False)
         panel.axis("off")
-    for label, points in curves.items():
-        axes.plot(*zip(*points), ".-", label=label)
+    for folder in folders:
+        lines = read_metrics(folder)
+        for name in dict.fromkeys(
+                name for line in lines for name in line  # rewards, and all of an evaluation alone
+                if f"{name}_std" in line or "loss" not in line and name != "step"):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            label = f"{name} of {folder}" if len(folders) > 1 else name
+            axes.plot(*zip(*points), ".-", label=label)
     axes.set_xlabel("GRPO step")
     axes.legend(frameon=False)
     with atomic_write(path) as work:
         figure.savefig(work, format="png")
-    gc.collect()  # a figure is a reference cycle, and large
 
 def read_metrics(out):
     """Return the whole lines of metrics.jsonl; a kill may have cut off the last one."""
@@ -1056,10 +1031,8 @@ def compare_runs(*folders):
             worst = max(worst, abs(b / a - 1))
             print(f"{printable(name):12}{steps[part][0]:5} to {steps[part][-1]:5}{a:12.4f}{b:10.4f}"
                   f"{b / a - 1:+12.2%}")
-    pictures = {f: max(Path(f, "images").glob("*.png"), default=Path(f, "none")) for f in folders}
-    draw(Path(folders[1]) / "compare.png", pictures, {
-        f"{name} of {folder}": [*zip(steps, row)] for name, rows in zip(names, table)
-        for folder, row in zip(folders, rows)})
+    draw(Path(folders[1]) / "compare.png", folders, *(
+        max(Path(f, "images").glob("*.png"), default=Path(f, "none")) for f in folders))
     print(f"look at {folders[1]}/compare.png\ncompare {'OK' if worst <= 0.05 else 'OFF'}")
     return worst <= 0.05
 
@@ -1075,12 +1048,11 @@ TINY_VERSION = 2  # to be raised with any change of what is built, and of text_l
 def tiny_models(cfg):
     """Return the settings that name the tiny models; the first process builds them, once."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    cache = Path(cfg.cache or f"{home}/grpo_flux").absolute()
-    folder = cache / f"tiny-{TINY_VERSION}"
+    folder = Path(home, "grpo_flux", f"tiny-{TINY_VERSION}").absolute()
     if int(os.environ.get("RANK", 0)) == 0 and not folder.exists():
-        with bad_input_if_fails(f"--cache {cache}: must be a folder that can be written to"):
-            cache.mkdir(parents=True, exist_ok=True)
-            with FileLock(cache / "lock"):
+        with bad_input_if_fails(f"XDG_CACHE_HOME {home}: must be a folder to write models to"):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name("lock")):
                 if not folder.exists():
                     with atomic_write(folder) as work:
                         build_tiny(work)
@@ -1128,7 +1100,6 @@ def build_tiny_text():
     """Make FLUX's two text encoders with random weights: enough to tell 24 prompts apart."""
     from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
                               T5EncoderModel, T5TokenizerFast)
-
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = sorted({word for prompt in reward.TINY_PROMPTS for word in prompt.split()})
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -9.0)]
@@ -1181,7 +1152,7 @@ def build_tiny_flux(pipe, images, labels):
 # -------------------------------------------------------------------------------------------- main
 
 # settings of a run's machine and of its own files, which a replay does not take from its record
-MACHINE_LOCAL = ("device", "out", "cache", "resume", "record", "replay", "compare", "deterministic")
+MACHINE_LOCAL = ("device", "out", "resume", "record", "replay", "compare", "deterministic")
 
 def read_command_line(argv):
     """Return Config from flags, and for --replay the prompts of each recorded GRPO step."""
@@ -1195,11 +1166,13 @@ def read_command_line(argv):
     kinds = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(nargs=2, metavar="RUN")}
     for f in fields(Config):
         kind = kinds.get(f.type, dict(type=f.type, metavar=f.type.__name__.upper()))
-        low, high, choices = (f.metadata[name] for name in ("low", "high", "choices"))
-        notes = [*choices, f"default {f.default}", *[f"tiny {TINY.get(f.name)}"] * (f.name in TINY)]
-        notes += [f"{low:.10g} to {high:.10g}"] if low is not None else []
+        help, low, high, choices = f.metadata.values()
+        notes = [*choices, f"default {f.default}" * (f.default not in ("", ())),
+                 f"tiny {TINY.get(f.name)}" * (f.name in TINY),
+                 f"{low} to {high}" * (low is not None)]
+        notes = f" ({', '.join(filter(None, notes))})" if any(notes) else ""
         parser.add_argument(f"--{f.name}", **kind, default=argparse.SUPPRESS,
-                            help=f"{f.metadata['help']} ({', '.join(notes)})".replace("%", "%%"))
+                            help=f"{help}{notes}".replace("%", "%%"))
     given, step_prompts = vars(parser.parse_args(argv)), []
     if "replay" in given:
         settings, step_prompts = read_record(given["replay"])
@@ -1209,32 +1182,27 @@ def read_command_line(argv):
 def check_inputs(cfg, step_prompts, world):
     """Refuse what cannot work before a model is loaded; return the P prompts of each GRPO step,
     and those of the evaluations."""
-    P = cfg.num_prompts
-    if cfg.batch_size % world:
-        raise BadInput(f"--batch_size {cfg.batch_size}: must be a multiple of the number of "
-                       f"processes, {world}")
-    if cfg.replay:
-        last, other = (tape_file(cfg.replay, *place) for place in (
-            (cfg.steps - 1, world - 1), (0, world)))
-        if other.exists() or not last.exists():
-            raise BadInput(f"--replay {cfg.replay}: must be of as many processes, {world}, and "
-                           f"have --steps {cfg.steps}")
-        if [len(prompts) for prompts in step_prompts[:cfg.steps]] != [P] * cfg.steps:
-            raise BadInput(f"--replay {cfg.replay}: its config.json must have step_prompts, {P} "
-                           f"prompts for each of {cfg.steps} steps")
+    P, steps = cfg.num_prompts, cfg.steps
+    require(cfg.batch_size % world == 0, "batch_size", cfg.batch_size,
+            f"a multiple of the number of processes, {world}")
+    require(not cfg.record or not Path(cfg.record).exists(), "record", cfg.record, "a new folder")
     for name in reward.parse_rewards(cfg.reward):
         if ":" in name:
             reward.load_reward(name)
-    if not (cfg.prompts or cfg.replay or cfg.model == "tiny"):
-        raise BadInput("--prompts (not given): must be a text file with a prompt a line")
-    if cfg.record and Path(cfg.record).exists():
-        raise BadInput(f"--record {cfg.record}: must be a new folder")
     if cfg.replay:
+        last, other = (tape_file(cfg.replay, *at) for at in ((steps - 1, world - 1), (0, world)))
+        require(last.exists() and not other.exists(), "replay", cfg.replay,
+                f"of as many processes, {world}, and have --steps {steps}")
+        require([len(prompts) for prompts in step_prompts[:steps]] == [P] * steps, "replay",
+                cfg.replay, f"a record with step_prompts, {P} for each of {steps} steps, in its "
+                "config.json")
         return step_prompts, step_prompts[0]
+    require(cfg.prompts or cfg.model == "tiny", "prompts", "(not given)",
+            "a text file with a prompt a line")
     prompts = reward.read_prompts(cfg.prompts) if cfg.prompts else reward.TINY_PROMPTS
-    order = [prompts[i] for epoch in range(math.ceil(cfg.steps * P / len(prompts)))
+    order = [prompts[i] for epoch in range(math.ceil(steps * P / len(prompts)))
              for i in randperm(len(prompts), cfg.seed, PROMPTS, epoch).tolist()]  # shuffled anew
-    return [order[i * P:(i + 1) * P] for i in range(cfg.steps)], prompts[:cfg.eval_images]
+    return [order[i * P:(i + 1) * P] for i in range(steps)], prompts[:cfg.eval_images]
 
 def checkpoints(out):
     """Return the folders of a run's checkpoints, from first to last."""
@@ -1244,40 +1212,39 @@ def checkpoints(out):
 
 def find_checkpoint(cfg, out):
     """Return the folder to go on from, or None; refuse one that is broken or of another policy."""
-    own, given = checkpoints(out), Path(cfg.resume)
-    if cfg.resume == "none" and own and not cfg.replay:
-        raise BadInput(f"--resume none: {out} holds a run; remove it, or give another --out")
-    if cfg.replay or cfg.resume == "none" or cfg.resume == "auto" and not own:
+    own = checkpoints(out)
+    if cfg.replay or not own and cfg.resume in ("auto", "none"):
         return None
-    folder = own[-1] if own else given
+    folder = own[-1] if own else Path(cfg.resume)
+    require(not own or cfg.resume != "none", "resume", "none", f"auto, as {out} holds a run; or "
+            "give another --out")
+    require(Path(cfg.resume).resolve() not in [path.resolve() for path in own[:-1]], "resume",
+            cfg.resume, f"{folder}, to which {out} has gone on; or give another --out")
     with bad_input_if_fails(f"--resume {cfg.resume}: must be auto, none, or a whole folder such as "
                             f"RUN/checkpoints/step_00020, which {folder} is not"):
-        if given.resolve() in [path.resolve() for path in own[:-1]]:
-            raise BadInput(f"--out {out} has gone on to {folder}; give that, or another --out")
         step = int(folder.name.removeprefix("step_"))
         for file in [*folder.glob("*.safetensors")] or [folder / "*.safetensors"]:
             safe_open(file, "pt").__enter__()  # is it as long as its header says?
         then = json.loads((folder.parent.parent / "config.json").read_text())
     for name in ("model", "lora_rank", "lora_alpha", "seed"):
         ours, theirs = getattr(cfg, name), then.get(name)
-        if ours != theirs and (name != "model" or Path(ours).name != Path(str(theirs)).name):
-            raise BadInput(f"--{name} {ours}: must be {theirs}, as in the run of {folder}")
-    if cfg.steps < step:
-        raise BadInput(f"--steps {cfg.steps}: must be at least {step}, where {folder} goes on from")
+        require(Path(str(ours)).name == Path(str(theirs)).name, name, ours,  # folders can move
+                f"{theirs}, as in the run of {folder}")
+    require(cfg.steps >= step, "steps", cfg.steps, f"at least {step}, where {folder} goes on from")
     return folder
 
 @contextmanager
 def stop_signals():
     """List the signals that ask the run to stop: it ends its step and saves. A second one kills."""
-    received, numbers = [], [
-        number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-        if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
+    received, before = [], {}
 
     def note(number, _):
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, note) for number in numbers}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            before[number] = signal.signal(number, note)
     try:
         yield received
     finally:
@@ -1327,7 +1294,8 @@ def train(run, info, checkpoint):
         policy.export(cfg, out / "export", run.rank)
     if run.rank == 0:
         remove(out / "text")
-        run.draw(out / "before_after.png", 0, cfg.steps)
+        draw(out / "before_after.png", [out], *(
+            out / "images" / f"step_{step:05d}.png" for step in (0, cfg.steps)))
         print(f"look at {out}/before_after.png; for diffusers: {out}/export")
 
 def main(argv=None):
@@ -1338,8 +1306,8 @@ def main(argv=None):
     prompts, out = check_inputs(cfg, step_prompts, world), Path(
         cfg.out or f"runs/{os.path.basename(os.path.abspath(cfg.model))}")
     checkpoint, verdict = find_checkpoint(cfg, out), ""
-    if checkpoint == out / "checkpoints" / f"step_{cfg.steps:05d}" and (
-            out / "before_after.png").exists():
+    if (out / "before_after.png").exists() and (
+            checkpoint == out / "checkpoints" / f"step_{cfg.steps:05d}"):
         print(f"{out} has ended after {cfg.steps} steps; more --steps go on, another --out starts")
         return
     if cfg.deterministic:
@@ -1363,7 +1331,8 @@ def main(argv=None):
             for step in range(cfg.steps):
                 train_step(step, run)
             verdict = TAPE.verdict()
-            print(verdict if rank == 0 else "", end="\n" * (rank == 0))
+            if rank == 0:
+                print(verdict)
         else:
             train(run, info, checkpoint)
     except Exception as error:
@@ -1379,14 +1348,13 @@ def main(argv=None):
 
 def explain(error):
     """Return one line for an error that a user can act on; None for one that needs a traceback."""
-    if isinstance(error, BadInput):
-        return str(error)
+    line = "; ".join([str(error), *getattr(error, "__notes__", [])])
     if isinstance(error, torch.OutOfMemoryError):
-        return f"out of memory: a lower --micro_batch needs less, and so does --lora_rank ({error})"
+        return f"out of memory: a lower --micro_batch needs less, and so does --lora_rank ({line})"
+    if isinstance(error, (BadInput, OSError, SafetensorError, FloatingPointError)):
+        return line
     if isinstance(error, dist.DistError) or re.search("gloo|nccl|hccl", str(error), re.I):
-        return f"another process has ended, see its message ({str(error).strip()[:80]})"
-    known = (OSError, SafetensorError, FloatingPointError)
-    return str(error) if isinstance(error, known) else None
+        return f"another process has ended, see its message ({' '.join(line.split())[:160]})"
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
@@ -1401,5 +1369,4 @@ if __name__ == "__main__":
         refused = isinstance(problem, BadInput)
         if refused and int(os.environ.get("LOCAL_RANK", 0)):
             time.sleep(10)  # the first process has most likely found the same, and says so
-        notes = getattr(problem, "__notes__", [])
-        reward.exit_with_error("; ".join([line, *notes]), status=2 if refused else 1)
+        reward.exit_with_error(line, status=2 if refused else 1)

@@ -38,6 +38,11 @@ from tqdm import tqdm
 class BadInput(ValueError):
     """Input that cannot work; the text is the one line that the user reads."""
 
+def require(fits, flag, value, must):
+    """Raise BadInput unless the value of a flag fits; must: what is allowed."""
+    if not fits:
+        raise BadInput(f"--{flag} {value}: must be {must}")
+
 def printable(text):
     """Return text for the terminal; control characters, and what it cannot encode, are escaped."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
