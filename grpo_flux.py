@@ -135,19 +135,18 @@ class Config:
     def __post_init__(self):
         for f in fields(self):
             value, (_, low, high, choices) = getattr(self, f.name), f.metadata.values()
-            shown = f"{value} (with --replay {self.replay})" if self.replay else value
-            require(low is None or low <= value <= high, f.name, shown, f"from {low} to {high}")
-            require(value in (choices or [value]), f.name, shown, f"one of {' '.join(choices)}")
-        for name in ("height", "width"):
-            value = getattr(self, name)
-            require(value % 16 == 0, name, value, "a multiple of 16")
+            given = f"--{f.name} {value}" + f" (with --replay {self.replay})" * bool(self.replay)
+            require(low is None or low <= value <= high, f"{given}: must be from {low} to {high}")
+            require(value in (choices or [value]), f"{given}: must be one of {' '.join(choices)}")
+        for name, value in ("height", self.height), ("width", self.width):
+            require(value % 16 == 0, f"--{name} {value}: must be a multiple of 16")
         P, G, size = self.num_prompts, self.num_generations, self.batch_size
-        require(P * G % size == 0 and (size % G == 0 or size % P == 0), "batch_size", size,
-                f"a divisor of the {P * G} images of a GRPO step, and a multiple of "
-                f"num_generations {G} (whole groups) or of num_prompts {P}")
-        require(self.sde_window < self.sampling_steps, "sde_window", self.sde_window,
+        require(P * G % size == 0 and (size % G == 0 or size % P == 0),
+                f"--batch_size {size}: must divide the {P * G} images of a GRPO step, and be a "
+                f"multiple of num_generations {G} (whole groups) or num_prompts {P}")
+        require(self.sde_window < self.sampling_steps, f"--sde_window {self.sde_window}: must be "
                 f"below sampling_steps {self.sampling_steps}")
-        require(not (self.record and self.replay), "record", self.record, "without --replay")
+        require(not (self.record and self.replay), f"--record {self.record}: not with --replay")
         reward.parse_rewards(self.reward)
 
 # ------------------------------------------------------------------------------------------- draws
@@ -534,8 +533,7 @@ class Tape:
                 with bad_input_if_fails(f"--replay {self.file}: must be a whole file of --record"):
                     self.recorded = load_file(self.file)
             for name in self.recorded:
-                require(TAPE_NAMES.fullmatch(name), "replay", f"{self.file}: {name}", "a draw or "
-                        "stage that something reads")
+                require(TAPE_NAMES.fullmatch(name), f"--replay {self.file}: nothing reads {name}")
 
     def draw(self, fresh, seed, purpose, step, prompt_index=0, sample=0, t=0):
         """Return a draw: fresh, or the recorded one in its place."""
@@ -557,7 +555,8 @@ class Tape:
     def find(self, name, shape):
         """Return a recorded tensor; refuse one that is missing or has another shape."""
         found = tuple(self.recorded[name].shape) if name in self.recorded else "is missing"
-        require(found == tuple(shape), "replay", f"{self.file}: {name} {found}", tuple(shape))
+        require(found == tuple(shape),
+                f"--replay {self.file}: {name} {found}: must be {tuple(shape)}")
         return self.recorded[name]
 
     def note(self, stage, *results):
@@ -613,8 +612,8 @@ def read_record(folder):
     types = {f.name: f.type for f in fields(Config)}
     with bad_input_if_fails(f"--replay {folder}: must be a folder of --record, or like one"):
         info = json.loads((Path(folder) / "config.json").read_text())
-        if unknown := info.keys() - types.keys() - {"machine", "versions", "step_prompts"}:
-            raise BadInput(f"nothing reads {min(unknown)} of its config.json")
+        unknown = sorted(info.keys() - types.keys() - {"machine", "versions", "step_prompts"})
+        require(not unknown, f"nothing reads {' '.join(unknown)}")
         settings = {name: types[name](value) for name, value in info.items()
                     if name in types and name not in MACHINE_LOCAL}
     return settings, info.get("step_prompts") or []
@@ -669,10 +668,9 @@ def read_model_config(model):
     """Return the transformer's config; refuse a pipeline that is not FLUX.1's text-to-image."""
     kind = diffusers.FluxPipeline.load_config(model)["_class_name"]
     config = diffusers.FluxTransformer2DModel.load_config(model, subfolder="transformer")
-    if kind != "FluxPipeline":
-        raise BadInput(f"it is a {kind}, must be a FluxPipeline")
-    if "quantization_config" in config:
-        raise BadInput("its weights are quantized, training needs the original ones")
+    require(kind == "FluxPipeline", f"it is a {kind}, must be a FluxPipeline")
+    require("quantization_config" not in config,
+            "its weights are quantized, training needs the original ones")
     return config
 
 def load_transformer(cfg, device):
@@ -885,9 +883,9 @@ class Run:
             for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder),
                                        (pipe.tokenizer_2, pipe.text_encoder_2)):
                 size = encoder.config.vocab_size
-                if not 0.9 * size <= len(tokenizer) <= size:  # it loads without its files
-                    raise BadInput(f"a tokenizer has {len(tokenizer)} tokens, its encoder {size}: "
-                                   "files of it are missing")
+                require(0.9 * size <= len(tokenizer) <= size,  # it loads without its files
+                        f"a tokenizer has {len(tokenizer)} tokens, its encoder {size}: files of it "
+                        "are missing")
             lengths = map(len, pipe.tokenizer_2(missing, truncation=False).input_ids)
             if long := sum(length > cfg.text_length for length in lengths):
                 print(f"{long} of {len(missing)} prompts are cut to {cfg.text_length} tokens")
@@ -997,7 +995,7 @@ def draw(path, folders, *pictures):
                 if f"{name}_std" in line or "loss" not in line and name != "step"):
             points = [(line["step"], line[name]) for line in lines if name in line]
             label = f"{name} of {folder}" if len(folders) > 1 else name
-            axes.plot(*zip(*points), ".-", label=label)
+            axes.plot(*zip(*points), ".-", label=label, zorder=-len(points))  # evaluations on top
     axes.set_xlabel("GRPO step")
     axes.legend(frameon=False)
     with atomic_write(path) as work:
@@ -1156,8 +1154,7 @@ MACHINE_LOCAL = ("device", "out", "resume", "record", "replay", "compare", "dete
 
 def read_command_line(argv):
     """Return Config from flags, and for --replay the prompts of each recorded GRPO step."""
-    if not __doc__:
-        raise BadInput("PYTHONOPTIMIZE 2 or python -OO: must be lower, diffusers needs docstrings")
+    require(__doc__, "PYTHONOPTIMIZE 2 or python -OO: must be lower, diffusers needs docstrings")
     about, *parts = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
         "grpo_flux.py", "grpo_flux.py [--flag value ...]", about, "".join(parts[-2:-1]),
@@ -1183,22 +1180,23 @@ def check_inputs(cfg, step_prompts, world):
     """Refuse what cannot work before a model is loaded; return the P prompts of each GRPO step,
     and those of the evaluations."""
     P, steps = cfg.num_prompts, cfg.steps
-    require(cfg.batch_size % world == 0, "batch_size", cfg.batch_size,
-            f"a multiple of the number of processes, {world}")
-    require(not cfg.record or not Path(cfg.record).exists(), "record", cfg.record, "a new folder")
+    require(cfg.batch_size % world == 0,
+            f"--batch_size {cfg.batch_size}: must be a multiple of the number of processes, {world}")
+    require(not cfg.record or not Path(cfg.record).exists(),
+            f"--record {cfg.record}: must be a new folder")
     for name in reward.parse_rewards(cfg.reward):
         if ":" in name:
             reward.load_reward(name)
     if cfg.replay:
         last, other = (tape_file(cfg.replay, *at) for at in ((steps - 1, world - 1), (0, world)))
-        require(last.exists() and not other.exists(), "replay", cfg.replay,
-                f"of as many processes, {world}, and have --steps {steps}")
-        require([len(prompts) for prompts in step_prompts[:steps]] == [P] * steps, "replay",
-                cfg.replay, f"a record with step_prompts, {P} for each of {steps} steps, in its "
-                "config.json")
+        require(last.exists() and not other.exists(), f"--replay {cfg.replay}: must be of as many "
+                f"processes, {world}, and have --steps {steps}")
+        require([len(prompts) for prompts in step_prompts[:steps]] == [P] * steps,
+                f"--replay {cfg.replay}: its config.json must have step_prompts, {P} prompts for "
+                f"each of {steps} steps")
         return step_prompts, step_prompts[0]
-    require(cfg.prompts or cfg.model == "tiny", "prompts", "(not given)",
-            "a text file with a prompt a line")
+    require(cfg.prompts or cfg.model == "tiny",
+            "--prompts (not given): must be a text file with a prompt a line")
     prompts = reward.read_prompts(cfg.prompts) if cfg.prompts else reward.TINY_PROMPTS
     order = [prompts[i] for epoch in range(math.ceil(steps * P / len(prompts)))
              for i in randperm(len(prompts), cfg.seed, PROMPTS, epoch).tolist()]  # shuffled anew
@@ -1216,10 +1214,10 @@ def find_checkpoint(cfg, out):
     if cfg.replay or not own and cfg.resume in ("auto", "none"):
         return None
     folder = own[-1] if own else Path(cfg.resume)
-    require(not own or cfg.resume != "none", "resume", "none", f"auto, as {out} holds a run; or "
-            "give another --out")
-    require(Path(cfg.resume).resolve() not in [path.resolve() for path in own[:-1]], "resume",
-            cfg.resume, f"{folder}, to which {out} has gone on; or give another --out")
+    require(not own or cfg.resume != "none",
+            f"--resume none: {out} holds a run; remove it, or give another --out")
+    require(Path(cfg.resume).resolve() not in [path.resolve() for path in own[:-1]],
+            f"--resume {cfg.resume}: {out} has gone on to {folder}; give that, or another --out")
     with bad_input_if_fails(f"--resume {cfg.resume}: must be auto, none, or a whole folder such as "
                             f"RUN/checkpoints/step_00020, which {folder} is not"):
         step = int(folder.name.removeprefix("step_"))
@@ -1228,9 +1226,10 @@ def find_checkpoint(cfg, out):
         then = json.loads((folder.parent.parent / "config.json").read_text())
     for name in ("model", "lora_rank", "lora_alpha", "seed"):
         ours, theirs = getattr(cfg, name), then.get(name)
-        require(Path(str(ours)).name == Path(str(theirs)).name, name, ours,  # folders can move
-                f"{theirs}, as in the run of {folder}")
-    require(cfg.steps >= step, "steps", cfg.steps, f"at least {step}, where {folder} goes on from")
+        require(Path(str(ours)).name == Path(str(theirs)).name,  # folders can move
+                f"--{name} {ours}: must be {theirs}, as in the run of {folder}")
+    require(cfg.steps >= step,
+            f"--steps {cfg.steps}: must be at least {step}, where {folder} goes on from")
     return folder
 
 @contextmanager

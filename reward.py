@@ -38,10 +38,10 @@ from tqdm import tqdm
 class BadInput(ValueError):
     """Input that cannot work; the text is the one line that the user reads."""
 
-def require(fits, flag, value, must):
-    """Raise BadInput unless the value of a flag fits; must: what is allowed."""
-    if not fits:
-        raise BadInput(f"--{flag} {value}: must be {must}")
+def require(condition, message):
+    """Raise BadInput with the message unless the condition holds."""
+    if not condition:
+        raise BadInput(message)
 
 def printable(text):
     """Return text for the terminal; control characters, and what it cannot encode, are escaped."""
