@@ -1180,8 +1180,8 @@ def check_inputs(cfg, step_prompts, world):
     """Refuse what cannot work before a model is loaded; return the P prompts of each GRPO step,
     and those of the evaluations."""
     P, steps = cfg.num_prompts, cfg.steps
-    require(cfg.batch_size % world == 0,
-            f"--batch_size {cfg.batch_size}: must be a multiple of the number of processes, {world}")
+    require(cfg.batch_size % world == 0, f"--batch_size {cfg.batch_size}: must be a multiple of "
+            f"the number of processes, {world}")
     require(not cfg.record or not Path(cfg.record).exists(),
             f"--record {cfg.record}: must be a new folder")
     for name in reward.parse_rewards(cfg.reward):

@@ -9,16 +9,11 @@ al., arXiv 2305.01569) are cosines of CLIP features, trained on which images peo
     python reward.py --hps HPS_v2.1_compressed.pt pictures/ --against scores.jsonl  # on an NPU
 """
 import argparse
-import csv
 import importlib.util
 import inspect
-import itertools
 import json
-import logging
 import math
 import os
-import platform
-import random
 import re
 import shutil
 import signal
@@ -26,6 +21,7 @@ import sys
 import warnings
 from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import groupby, product
 from pathlib import Path
 from unittest import mock
 
@@ -60,11 +56,9 @@ def bad_input_if_fails(message):
     """Turn an exception or sys.exit inside into BadInput, with its text in brackets."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (Exception, SystemExit) as error:  # a user's files and modules can raise anything
-        if str(error).startswith("--"):  # it names the flag that is to blame
-            raise
+        if isinstance(error, torch.OutOfMemoryError) or str(error).startswith("--"):
+            raise  # no input is to blame, or the error names the flag that is
         text = str(error).split("WeightsUnpickler error: ")[-1]  # leave out torch's advice
         kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
         raise BadInput(f"{message} ({kind}{text})") from None
@@ -72,29 +66,25 @@ def bad_input_if_fails(message):
 def remove(path):
     """Remove a file or folder, if there is one, so that a kill leaves no half under its name."""
     path = Path(path)
-    if path.name.startswith(("old-", "writing-")):
-        shutil.rmtree(path, ignore_errors=True)
-        path.unlink(missing_ok=True)
-    elif os.path.lexists(path):
+    if os.path.lexists(path) and not path.name.startswith(("old-", "writing-")):
         old = path.with_name(f"old-{path.name}")
         remove(old)
-        remove(path.rename(old))
+        path = path.rename(old)
+    shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)
 
 @contextmanager
 def atomic_write(path, rank=0):
     """Yield a temporary path to write a file or folder to; rename it to `path` on success.
-
-    Processes that share a folder wait for each other after entering and before leaving.
-    """
+    Processes that share a folder wait for each other after entering and before leaving."""
     path = Path(path)
-    temporary = path.with_name(f"writing-{path.name}")
+    temporary, old = (path.with_name(f"{word}-{path.name}") for word in ("writing", "old"))
     if rank > 0:  # rank 0 alone renames and removes
         yield temporary
         return
     remove(temporary)  # left behind by a run that was killed
     try:
         yield temporary
-        old = path.with_name(f"old-{path.name}")
         remove(old)
         if path.is_dir():  # a rename takes the place of files only
             path.rename(old)
@@ -109,27 +99,19 @@ DEVICES = ("auto", "cuda", "npu", "cpu")
 
 def select_device(name="auto") -> torch.device:
     """Return the device of this process: its own card, by LOCAL_RANK; auto: cuda, npu or cpu."""
-    if name not in DEVICES:
-        raise BadInput(f"--device {name}: must be {' or '.join(DEVICES)}")
-    counts = {"cpu": 1}
-    for kind in DEVICES[1:3]:  # importing torch loads torch_npu, which adds torch.npu
-        module = getattr(torch, kind, None)
-        counts[kind] = module.device_count() if module and module.is_available() else 0
-    if name == "auto":
-        name = next(kind for kind in DEVICES[1:] if counts[kind])
+    require(name in DEVICES, f"--device {name}: must be {' or '.join(DEVICES)}")
+    modules = {kind: getattr(torch, kind, None) for kind in DEVICES[1:]}  # torch_npu adds torch.npu
+    counts = {kind: m.device_count() for kind, m in modules.items() if m and m.is_available()}
+    name = next(iter(counts)) if name == "auto" else name
     if name == "cpu":
         return torch.device(name)
     rank, size = (int(os.environ.get(f"LOCAL_{key}") or 0) for key in ("RANK", "WORLD_SIZE"))
-    if rank >= counts[name]:
-        needs = {"cuda": "a CUDA build of torch", "npu": "CANN and torch-npu; which for torch "
-                 f"{torch.__version__}, says a table on github.com/Ascend/pytorch"}[name]
-        raise BadInput(f"--device {name}: torch finds {counts[name]}, too few for process {rank}; "
-                       f"lower --nproc_per_node, or install {needs}")
-    if name == "npu" and size in (3, 5, 6, 7):  # HCCL cannot, and FSDP needs it
-        raise BadInput(f"--nproc_per_node {size}: must be 1, 2, 4, 8 or 16; all_gather_into_tensor "
-                       "and reduce_scatter_tensor do not work over 3, 5, 6 or 7 NPUs")
-    if name == "npu":  # HCCL waits 120 s for the slowest process, too few for a slow shared disk
-        os.environ.setdefault("HCCL_CONNECT_TIMEOUT", "1200")
+    needs = "CANN and torch-npu, see README" if name == "npu" else "a CUDA build of torch"
+    require(rank < counts.get(name, 0), f"--device {name}: torch finds none for process {rank}; "
+            f"lower --nproc_per_node, or install {needs}")
+    if name == "npu":  # HCCL's all-gather and reduce-scatter fail over 3, 5, 6 or 7 NPUs
+        require(size not in (3, 5, 6, 7), f"--nproc_per_node {size}: must be 1, 2, 4, 8 or 16")
+        os.environ.setdefault("HCCL_CONNECT_TIMEOUT", "1200")  # seconds; 120 fail on a slow disk
     return torch.device(name, rank)
 
 def is_accelerator(device) -> bool:
@@ -137,26 +119,24 @@ def is_accelerator(device) -> bool:
 
 def describe_device(device) -> str:
     """Return what decides on rounding: the card, or the CPU and its kernels; torch's version."""
-    name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, "
-    name += f"{torch.get_num_threads()} threads"
     if is_accelerator(device):
-        name = torch.get_device_module(device).get_device_name()
-    return f"{name}, torch {torch.__version__}"
+        return f"{torch.get_device_module(device).get_device_name()}, torch {torch.__version__}"
+    return (f"{os.uname().machine} {torch.backends.cpu.get_cpu_capability()}, "
+            f"{torch.get_num_threads()} threads, torch {torch.__version__}")
 
 def check_compile(device):
     """Raise BadInput if torch.compile has no compiler for the device."""
-    if torch.device(device).type == "npu" and importlib.util.find_spec("triton") is None:
-        raise BadInput("--compile: torch.compile needs triton-ascend on an NPU; install it")
+    require(torch.device(device).type != "npu" or importlib.util.find_spec("triton"),
+            "--compile: torch.compile needs triton-ascend on an NPU; install it")
 
 def make_deterministic(seed):
     """Choose deterministic kernels, full fp32 and seeds, before anything runs on the device."""
+    from accelerate.utils import set_seed
     os.environ.update(  # the last one takes effect in child processes
         CUBLAS_WORKSPACE_CONFIG=":4096:8", HCCL_DETERMINISTIC="true", LCCL_DETERMINISTIC="1",
         CLOSE_MATMUL_K_SHIFT="1", ATB_MATMUL_SHUFFLE_K_ENABLE="0", ATB_LLM_LCOC_ENABLE="0",
         PYTHONHASHSEED=str(seed))
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    set_seed(seed)  # of Python, numpy and torch
     torch.use_deterministic_algorithms(True)  # without one CUDA raises, an NPU does not
     torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = False
     if hasattr(torch, "npu"):
@@ -173,30 +153,29 @@ def resolve_weights(flag, value) -> str:
     if os.path.exists(name):
         return name
     match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", name)
-    if not match or bool(match[2]) == (flag == "--pickscore"):
-        must = "folder, or owner/name" if flag == "--pickscore" else "file, or owner/name/file"
-        raise BadInput(f"{given}: not found; must be a {must} of the hub, with weights")
-    from huggingface_hub import constants, hf_hub_download, snapshot_download
-    from huggingface_hub.utils import get_session
-    page, offline = f"{constants.ENDPOINT}/{match[1]}", True
+    must = "folder, or owner/name" if flag == "--pickscore" else "file, or owner/name/file"
+    require(match and bool(match[2]) == (flag != "--pickscore"),
+            f"{given}: not found; must be a {must} of the hub, with weights")
+    import huggingface_hub as hub
+    offline = True
     with suppress(Exception):  # ask once: offline the hub's client retries, loudly, for 24 seconds
-        get_session().head(constants.ENDPOINT, timeout=10)
+        hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=10)
         offline = False
-    remedy = (f"no connection; download {page} elsewhere and give its path with {flag}" if offline
-              else f"correct the name, accept the licence on {page}, or run `hf auth login`")
-    with bad_input_if_fails(f"{given}: not here, and cannot get {name} from the hub: {remedy}"):
+    with bad_input_if_fails(
+            f"{given}: {'there is no connection' if offline else 'the download failed'}; correct "
+            f"the name, accept the licence on {hub.constants.ENDPOINT}/{match[1]} and run `hf auth "
+            f"login`, or download it elsewhere and give its path with {flag}"):
         if match[2]:
-            return hf_hub_download(*match.groups(), local_files_only=offline)
-        return snapshot_download(match[1], local_files_only=offline,
-                                 allow_patterns=["*.json", "*.txt", "*.safetensors"])
+            return hub.hf_hub_download(*match.groups(), local_files_only=offline)
+        return hub.snapshot_download(match[1], local_files_only=offline,
+                                     allow_patterns=["*.json", "*.txt", "*.safetensors"])
 
 def preprocess(images, size=224, mean=(0.48145466, 0.4578275, 0.40821073),
                std=(0.26862954, 0.26130258, 0.27577711), crop=False):
     """Prepare images for CLIP: (B, 3, H, W) in [0, 1] -> (B, 3, size, size), normalised.
 
     Bicubic with antialias. crop=False, as for HPS: the longer side becomes `size`, zeros fill up
-    the shorter one. crop=True, as for PickScore: the shorter one does, and the centre is cut out.
-    """
+    the other. crop=True, as for PickScore: the shorter one does, and the centre is cut out."""
     height, width = images.shape[-2:]
     if crop:  # truncated, as transformers does; else rounded, as the official HPS does
         new = [int(size * side / min(height, width)) for side in (height, width)]
@@ -214,29 +193,21 @@ def new_clip(arch, flag="--hps"):
     """Return an open_clip model without weights, and its tokenizer; arch as in HPS."""
     import open_clip  # takes seconds
     name = Path(arch).stem if str(arch).endswith(".json") else arch
-    logging.disable(logging.WARNING)  # "no pretrained weights": they are loaded later
-    with bad_input_if_fails(f"{flag}_arch {arch}: must be a .json file that describes a model, or "
-                            "a name that open_clip knows; HPS-v2.1 is a ViT-H-14"):
+    with mock.patch("logging.warning"), bad_input_if_fails(  # silence: weights come later
+            f"{flag}_arch {arch}: must be an open_clip model, such as ViT-H-14, or a .json of one"):
         if name != arch:
-            json.loads(Path(arch).read_text())
             open_clip.add_model_config(arch)
-        model = open_clip.create_model(name, load_weights=False)
-        tokenizer = open_clip.get_tokenizer(name)
-    logging.disable(logging.NOTSET)
-    # mean and std depend on the weights, not on arch: take them if all published ones agree
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    configs = [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
-    published = {(config["mean"], config["std"]) for config in configs if config.get("mean")}
-    if len(published) == 1:
-        [(model.visual.image_mean, model.visual.image_std)] = published
-    return model, tokenizer
+        # mean and std depend on the weights, not on arch: take those of the first published ones
+        tag = [*open_clip.list_pretrained_tags_by_model(name), ""][0]
+        model = open_clip.create_model(
+            name, load_weights=False, force_preprocess_cfg=open_clip.get_pretrained_cfg(name, tag))
+        return model, open_clip.get_tokenizer(name)
 
 class HPS:
     """Score (B,) by HPS-v2.1: cosines of image and prompt features, about 0.2 to 0.35.
 
     arch: the name or .json file of any other open_clip model, whose similarity it then is.
-    fp32: on an accelerator, do without the fp16 autocast that the official code uses.
-    """
+    fp32: on an accelerator, do without the fp16 autocast that the official code uses."""
     def __init__(self, checkpoint, arch="ViT-H-14", device="cpu", fp32=False, flag="--hps"):
         from open_clip.factory import load_state_dict
         scalar = np.float64(0).__reduce__()[0]  # numpy's numbers, which training loops save too
@@ -267,17 +238,16 @@ class HPS:
 
 class PickScore:
     """Score (B,) by PickScore, in fp32: cosines of image and prompt features, about 0.2."""
-    def __init__(self, model="", device="cpu"):
-        folder = resolve_weights("--pickscore", model)
-        with bad_input_if_fails(f"--pickscore {model or folder}: must be transformers' CLIP model"):
+    def __init__(self, model="yuvalkirstain/PickScore_v1", device="cpu"):
+        model = resolve_weights("--pickscore", model)
+        with bad_input_if_fails(f"--pickscore {model}: must be transformers' CLIP model"):
             from transformers import AutoTokenizer, CLIPModel
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            self.model, report = CLIPModel.from_pretrained(folder, dtype=torch.float32,
-                                                           output_loading_info=True)
-            size, missing = self.model.config.text_config.vocab_size, report["missing_keys"]
-            if missing or len(self.tokenizer) < size:  # transformers makes up what is missing
-                raise BadInput(f"lacks {len(missing)} weights, {size - len(self.tokenizer)} tokens")
-        self.model.to(device).eval().requires_grad_(False)
+            self.tokenizer = AutoTokenizer.from_pretrained(model)
+            self.model, report = CLIPModel.from_pretrained(model, output_loading_info=True)
+            size = self.model.config.text_config.vocab_size  # transformers makes up what is missing
+            require(len(self.tokenizer) >= size and not report["missing_keys"],
+                    "it lacks weights or tokens")
+        self.model.to(device, torch.float32).eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, images, prompts):
@@ -294,12 +264,10 @@ def parse_rewards(spec) -> dict[str, float]:
     rewards, name = {}, r"(hps|clip|pickscore|[\w.]+:[a-zA-Z_]\w*)"
     for item in spec.split(","):
         match = re.fullmatch(name + r"(?::(\d*\.?\d+))?", item.strip())
-        if not match or match[1] in rewards:
-            raise BadInput(f"--reward {spec}: {item!r} must be hps, clip, pickscore or "
-                           "package.module:function, each once, with or without a :WEIGHT")
-        rewards[match[1]] = float(match[2] or 1)
-    if not any(rewards.values()):  # one of weight 0 is scored and logged, but not trained on
-        raise BadInput(f"--reward {spec}: at least one weight must be above 0")
+        require(match and match[1] not in rewards, f"--reward {spec}: {item!r} must be hps, clip, "
+                "pickscore or package.module:function, each once, with or without a :WEIGHT")
+        rewards[match[1]] = float(match[2] or 1)  # 0: scored and logged, but not trained on
+    require(any(rewards.values()), f"--reward {spec}: at least one weight must be above 0")
     return rewards
 
 @contextmanager
@@ -324,82 +292,65 @@ def load_function(name):
     if os.getcwd() not in sys.path:  # as `python -m` does; it stays, for imports during calls
         sys.path.insert(0, os.getcwd())
     quiet = mock.patch("argparse.ArgumentParser.error", lambda parser, text: sys.exit(text))
-    with quiet, process_state_kept(), bad_input_if_fails(
-            f"--reward {name}: must be a function in a module that can be imported, and neither "
-            "calls sys.exit nor parses arguments"):
+    with quiet, process_state_kept(), bad_input_if_fails(f"--reward {name}: must be a function, "
+            "whose module can be imported, and neither calls sys.exit nor parses arguments"):
         loaded, own = importlib.import_module(module), Path(f"{module.split('.')[0]}.py")
-        if own.exists() and not own.samefile(loaded.__file__):
-            raise BadInput(f"rename {own}: {loaded.__file__} has its name")
+        require(not own.exists() or own.samefile(loaded.__file__),
+                f"rename {own}: {loaded.__file__} has its name")
         found = getattr(loaded, function)
-        if not callable(found) or inspect.iscoroutinefunction(found):
-            raise BadInput(f"it is async, or of type {type(found).__name__}")
-
-    def guarded(images, prompts):
-        with process_state_kept():
-            return found(images, prompts)
-    return guarded
+        require(callable(found) and not inspect.iscoroutinefunction(found),
+                f"it is async, or of type {type(found).__name__}")
+    return process_state_kept()(found)
 
 def load_reward(name, source="", arch="", device="cpu", fp32=False):
     """Return the function (images, prompts) -> (B,) of a name; a user's needs no device."""
     if ":" in name:
         return load_function(name)
+    weights = resolve_weights(f"--{name}", source)
     if name == "pickscore":
-        return PickScore(source, device)
-    flag = f"--{name}"
-    return HPS(resolve_weights(flag, source), arch or "ViT-H-14", device, fp32, flag)
+        return PickScore(weights, device)
+    return HPS(weights, arch or "ViT-H-14", device, fp32, f"--{name}")
 
 def score(rewards, images, prompts, where):
     """Return {name: scores (B,) fp32 on the CPU}; rewards: {name: (weight, function)}.
-
-    Each function gets a copy of the images and of the prompts. where: "step 3", for messages.
-    """
+    Each function gets a copy of the images and of the prompts. where: "step 3", for messages."""
     if not images.isfinite().all():
-        raise FloatingPointError(f"an image of {where} is not finite: the policy or its VAE has "
-                                 "overflown; --dtype fp32 may tell which")
+        raise FloatingPointError(f"an image of {where} is not finite; --dtype fp32 may prevent it")
     scores = {}
     for name, (_, function) in rewards.items():
         with bad_input_if_fails(f"--reward {name}: must return {len(images)} finite numbers for as "
                                 f"many images, but failed in {where}, prompts {prompts[0]!r} ..."):
             r = torch.as_tensor(function(images.clone(), list(prompts))).detach().float().cpu()
-            if r.shape != (len(images),) or not r.isfinite().all():
-                raise BadInput(f"it gave {r.tolist() if r.ndim == 1 else tuple(r.shape)}")
-        scores[name] = r
+            require(r.shape == (len(images),) and r.isfinite().all(),
+                    f"it gave {r.tolist() if r.ndim == 1 else tuple(r.shape)}")
+            scores[name] = r
     return scores
 
-def find_recipe(lines, path):
-    """Return a command that makes a text file of JSON, CSV or TSV; "" for lines of text."""
-    rows, columns, prompt = "", [], re.compile("prompt|caption|text", re.IGNORECASE)
-    for text in (lines[0], "\n".join(lines)):  # of JSON lines the first, or all of JSON
-        with suppress(ValueError, RecursionError):
-            data = json.loads(text)
-            if isinstance(data, dict):
-                rows, columns = "map(json.loads, file)", data
-            elif isinstance(data, list) and data:  # a prompt can be a number or in quotes
-                rows, columns = "json.load(file)", data[0] if isinstance(data[0], dict) else []
-    for delimiter in ",\t;" if len(lines) > 1 and not rows else "":
-        header = [name.strip('" ') for name in lines[0].split(delimiter)]
-        # a prompt can look like a header, but hardly with as many commas in every other line
-        if any(map(prompt.fullmatch, header)) and all(
-                len(row) == len(header) for row in csv.reader(lines, delimiter=delimiter)):
-            rows, columns = f"csv.DictReader(file, delimiter={delimiter!r})", header
-    column = [f"[{name!r}]" for name in columns if prompt.fullmatch(str(name))]
-    code = f"[print(row{''.join(column[:1])}) for row in {rows}]"
-    return rows and (f'python -c "import csv, json; file = open({str(path)!r}); {code}" '
-                     "> prompts.txt")
+def refuse_tables(lines, path):
+    """Raise BadInput with a command that makes a text file, if lines are JSON, CSV or TSV."""
+    text, column = "\n".join(lines), "(prompt|caption|text)"
+    if start := re.match(r'([\[{])[\s\[{]*"', text):  # such as [{"prompt" or ["a cat" or {"prompt"
+        kind, rows = "JSON", "json.load(file)" if start[1] == "[" else "map(json.loads, file)"
+        name = re.search(rf'"{column}"\s*:', text, re.IGNORECASE)
+    else:  # id,prompt or caption alone, but not a prompt such as: text, bold
+        name = re.fullmatch(rf'(?:.*[,;\t])?"?{column}"?(?:[,;\t].*)?', lines[0], re.IGNORECASE)
+        if not name or ", " in lines[0] or len(lines) == 1:
+            return
+        delimiter = max(("\t", ";", ","), key=lines[0].count)
+        kind, rows = "CSV or TSV", f"csv.DictReader(file, delimiter={delimiter!r})"
+    row = f"row[{name[1]!r}]" if name else "row"
+    raise BadInput(f"--prompts {path}: is {kind}; must be a text file with one prompt per line, "
+                   f'such as from: python -c "import csv, json; file = open({str(path)!r}); '
+                   f'[print({row}) for row in {rows}]" > prompts.txt')
 
-def read_prompts(path, flag="--prompts"):
+def read_prompts(path):
     """Return the lines of a UTF-8 text file, stripped, without the empty ones. Raises BadInput."""
-    with bad_input_if_fails(f"{flag} {path}: must be a text file in UTF-8"):
+    with bad_input_if_fails(f"--prompts {path}: must be a text file in UTF-8"):
         text = Path(path).read_text(encoding="utf-8-sig")
-        if "\0" in text:
-            raise BadInput("it holds a zero byte, as UTF-16 and binary files do")
-    lines = text.split("\n")  # and nowhere else: a prompt may hold any other character
-    if not (prompts := [line.strip() for line in lines if line.strip()]):
-        raise BadInput(f"{flag} {path}: must hold one prompt per line, but is empty")
-    if recipe := find_recipe(prompts, path):
-        kind = "JSON" if "json.load" in recipe else "CSV or TSV"
-        raise BadInput(f"{flag} {path}: is {kind}; must be a text file with one prompt per line, "
-                       f"such as from: {recipe}")
+        require("\0" not in text, "it holds a zero byte, as UTF-16 and binary files do")
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]  # splitlines splits more
+    require(prompts, f"--prompts {path}: must hold one prompt per line, but is empty")
+    refuse_tables(prompts, path)
     return prompts
 
 # -------------------------------------------------------------------------------------- tiny world
@@ -448,25 +399,31 @@ def find_foreground(images):
 @cache
 def shape_templates():
     """Return masks (4, N, 32 * 32): each shape in N sizes and places, more than the data has."""
-    places = [(radius, x, y) for radius in np.linspace(0.26, 0.42, 7)
-              for x in np.linspace(0.38, 0.62, 9) for y in np.linspace(0.38, 0.62, 9)]
+    places = list(product(np.linspace(0.26, 0.42, 7), *[np.linspace(0.38, 0.62, 9)] * 2))
     drawn = [draw(f"a black {shape}", place=place) for shape in SHAPES for place in places]
     images = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 255
     return find_foreground(images)[1].view(len(SHAPES), len(places), -1)
 
-def measure_tiny(images, prompts):
-    """Return (B,) 1.0 where an image (B, 3, 32, 32) has the colour of its prompt, else 0.0, and
-    (B,) the same of its shape. Measured, not learnt, and no part of any reward: the nearest
-    colour to the mean of the foreground; the shape with the best soft IoU over sizes and places."""
+def judge_tiny(images, prompts, rewards):
+    """Return {metric: (B,) 1.0 or 0.0} of images (B, 3, 32, 32) of TINY_PROMPTS.
+    accuracy: HPS ranks an image's own prompt first of 24. right_colour, _shape, _both: measured, no
+    part of a reward; nearest colour to the mean foreground, shape with the best soft IoU."""
+    own = torch.tensor([TINY_PROMPTS.index(p) for p in prompts])
+    judged = {}
+    if "hps" in rewards:
+        _, hps = rewards["hps"]
+        scores = torch.stack([hps(images, [p] * len(images)) for p in TINY_PROMPTS])  # (24, B)
+        judged["accuracy"] = scores.argmax(0).cpu() == own
     (mean, mask), templates = find_foreground(images.float().cpu()), shape_templates()
     common = torch.einsum("bp,snp->bsn", mask, templates)
     norms = mask.square().sum(1)[:, None, None] + templates.square().sum(2)
     shape = (common / (norms - common)).amax(2).argmax(1)
     color = torch.cdist(mean, torch.tensor(list(COLORS.values())) / 255).argmin(1)
-    own = torch.tensor([TINY_PROMPTS.index(prompt) for prompt in prompts])
     there = ~mean.isnan().any(1)  # an empty image is right in nothing
-    return ((color == own // len(SHAPES)) & there).float(), (
-        (shape == own % len(SHAPES)) & there).float()
+    judged["right_colour"] = there & (color == own // len(SHAPES))
+    judged["right_shape"] = there & (shape == own % len(SHAPES))
+    judged["right_both"] = judged["right_colour"] & judged["right_shape"]
+    return {name: right.float() for name, right in judged.items()}
 
 TINY_CLIP = """{"embed_dim": 64, "quick_gelu": true,
  "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 96, "head_width": 32, "layers": 3},
@@ -519,18 +476,6 @@ def build_tiny_hps(folder, images, labels):
             title=f"tiny {name.upper():4} (3/3): which prompt is it, how well drawn")
         torch.save({"state_dict": model.state_dict()}, folder / f"{name}.pt")
 
-def judge_tiny(images, prompts, rewards):
-    """Return {metric: (B,) 1.0 or 0.0 on the CPU} of images of the tiny world: accuracy, whether
-    HPS ranks an image's own prompt first of 24; right_colour, _shape, _both: as measured."""
-    colour, shape = measure_tiny(images, prompts)
-    judged = {"right_colour": colour, "right_shape": shape, "right_both": colour * shape}
-    if "hps" in rewards:
-        _, hps = rewards["hps"]
-        scores = torch.stack([hps(images, [p] * len(images)) for p in TINY_PROMPTS])  # (24, B)
-        own = torch.tensor([TINY_PROMPTS.index(p) for p in prompts])
-        judged = {"accuracy": (scores.argmax(0).cpu() == own).float()} | judged
-    return judged
-
 # ------------------------------------------------------------------------------------ command line
 
 ALLOWED = 0.015  # percent of the mean score: what ports of HPS to Ascend are held to
@@ -547,26 +492,21 @@ FLAGS = (  # name, default, help
     ("save", "", "write the scores to this file, a line of JSON each"),
     ("against", "", f"compare with a file of --save; mean error above {ALLOWED} %%: exit status 3"),
     ("batch", 16, "pictures at a time, if of one size"),
-    ("reward_fp32", False, "no fp16 autocast"),
-    ("deterministic", False, "repeat results exactly"))
+    ("reward_fp32", False, "no fp16 autocast"))
 
 def find_pictures(paths):
     """Return the files among paths, and in natural order the pictures in the folders among them."""
-    Image.init()
-    endings = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files, left_out = [], []
+    def natural(file):  # a2.png before a10.png
+        return re.sub(r"\d+", lambda number: number[0].zfill(20), file.name), file.name
+
+    formats = Image.registered_extensions()
+    files = []
     for path in map(Path, paths):
-        inside = sorted(path.iterdir()) if path.is_dir() else [path]
-        for file in sorted(inside, key=lambda file: [  # a2.png before a10.png
-                int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]):
-            picture = file.suffix.lower() in endings and not file.name.startswith(".")
-            (files if picture or file == path else left_out).append(file)
+        inside = [f for f in path.glob("[!.]*") if formats.get(f.suffix.lower()) in Image.OPEN]
+        files += sorted(inside, key=natural) if path.is_dir() else [path]
     for file in files or paths:  # before a model is loaded
         with bad_input_if_fails(f"{file}: must be a picture that Pillow can read"):
             Image.open(file).close()
-    if left_out:
-        names = ", ".join(file.name for file in left_out[:5])
-        print(f"left out {len(left_out)}, hidden or no picture:", printable(names), file=sys.stderr)
     return files
 
 def read_image(path):
@@ -575,65 +515,50 @@ def read_image(path):
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode.startswith("I"):  # 16 bits of grey, which convert would cut off at 255
             image = Image.fromarray((np.asarray(image) / 257).round().astype("uint8"))
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        pixels = np.array(image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
-
-def find_prompts(args, files):
-    """Return a prompt for each picture: one for all, a line each of a file, or from its name."""
-    if args.prompts:
-        prompts = read_prompts(args.prompts)
-    else:  # 07_a_cat-2.png
-        names = [re.sub(r"^[\d\W_]+|[\d\W_]+$", "", file.stem) for file in files]
-        prompts = [args.prompt or name.replace("_", " ") for name in names]
-    if len(prompts) != len(files):
-        raise BadInput(f"--prompts {args.prompts}: has {len(prompts)} prompts for {len(files)} "
-                       "pictures; must have one a line, in the order of the pictures' names")
-    if "" in prompts:
-        raise BadInput(f"--prompt (not given): must be, as {files[prompts.index('')]} has no words "
-                       "in its name")
-    return prompts
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
 def score_pictures(args):
-    """Print, save and compare the scores of the command line. Raises BadInput."""
+    """Print, save and compare the scores of pictures, whose prompt is one for all, a line each of a
+    file, or from their names. Raises BadInput."""
     name, *others = parse_rewards(args.reward)
-    if others:
-        raise BadInput(f"--reward {args.reward}: must be one reward here; run it for each")
-    if args.batch < 1:
-        raise BadInput(f"--batch {args.batch}: must be at least 1")
-    if args.prompt and args.prompts:
-        raise BadInput(f"--prompts {args.prompts}: not allowed with --prompt; give one of them")
-    if not Path(args.save).absolute().parent.is_dir():
-        raise BadInput(f"--save {args.save}: must be a file in a folder that exists")
+    require(not others, f"--reward {args.reward}: must be one reward here; run it for each")
+    require(args.batch >= 1, f"--batch {args.batch}: must be at least 1")
+    require(not args.prompt or not args.prompts,
+            f"--prompts {args.prompts}: not allowed with --prompt; give one of them")
+    require(Path(args.save).absolute().parent.is_dir(),
+            f"--save {args.save}: must be a file in a folder that exists")
     device, files = select_device(args.device), find_pictures(args.images)
-    prompts = find_prompts(args, files)
+    prompts = read_prompts(args.prompts) if args.prompts else [  # 07_a_cat-2.png: a cat
+        args.prompt or re.sub(r"^[\d\W_]+|[\d\W_]+$", "", file.stem).replace("_", " ")
+        for file in files]
+    require(len(prompts) == len(files), f"--prompts {args.prompts}: has {len(prompts)} prompts for "
+            f"{len(files)} pictures; must have one a line, in the order of the pictures' names")
+    for file, prompt in zip(files, prompts):
+        require(prompt, f"--prompt (not given): must be, as the name of {file} has no words")
     if args.against:
         with bad_input_if_fails(f"--against {args.against}: must hold what --save wrote for the "
                                 "same pictures and prompts"):
             lines = map(json.loads, Path(args.against).read_text(encoding="utf-8").splitlines())
             saved = {(line["image"], line["prompt"]): line["score"] for line in lines}
             expected = torch.tensor([saved[f.name, p] for f, p in zip(files, prompts)])
-    if args.deterministic:
-        make_deterministic(0)
     source, arch = (getattr(args, name + part, "") for part in ("", "_arch"))
     rewards = {name: (1, load_reward(name, source, arch, device, args.reward_fp32))}
-    scores, bar = [], tqdm(files, unit="picture", disable=len(files) < 100)
-    for _, group in itertools.groupby(map(read_image, bar), lambda image: image.shape):
-        while batch := list(itertools.islice(group, args.batch)):  # neighbours of one size
-            i = len(scores)
-            texts = prompts[i:i + len(batch)]
-            scores += score(rewards, torch.cat(batch), texts, files[i])[name].tolist()
+    bar = enumerate(tqdm(files, unit="picture", disable=len(files) < 100))
+    images = ((i // args.batch, prompts[i], read_image(file)) for i, file in bar)
+    scores = []
+    for _, group in groupby(images, lambda item: (item[0], item[2].shape)):  # of one size
+        _, texts, batch = zip(*group)
+        scores += score(rewards, torch.cat(batch), texts, files[len(scores)])[name].tolist()
     for file, value in zip(files, scores):
         print(f"{value:.5f} {printable(file)}")
     if args.save:
+        rows = [dict(image=f.name, prompt=p, score=s) for f, p, s in zip(files, prompts, scores)]
         with atomic_write(args.save) as path:
-            path.write_text("".join(
-                json.dumps(dict(image=file.name, prompt=prompt, score=value)) + "\n"
-                for file, prompt, value in zip(files, prompts, scores)))
+            path.write_text("\n".join(map(json.dumps, rows)))
     if args.against:
-        errors = (torch.tensor(scores) - expected).abs() * 100 / expected.abs().mean()
+        errors = 100 * (torch.tensor(scores) - expected).abs() / expected.abs().mean()
         verdict = "OK" if errors.mean().item() <= ALLOWED else "OFF"
         print(f"{len(files)} scores: mean absolute error {errors.mean():.5f} %, largest "
               f"{errors.max():.5f} %, allowed {ALLOWED} % on average\nreward {verdict}")
