@@ -25,8 +25,8 @@ What differs from DanceGRPO's code (README says how much each matters):
 
 Letters of shapes: B samples of this process, b of a micro-batch, P prompts, G samples of a group,
 T denoising steps, K trained ones, L latent tokens of an image, C channels of one, S text tokens, D
-channels of one; unpacked latents are (c, h, w). TAPE.note and TAPE.draw return what they are given;
-only --record and --replay make more of it.
+channels of one; unpacked latents are (c, h, w). TAPE.note and TAPE.draw return what they are given
+unchanged; --record saves it too, and --replay compares it and puts recorded draws in its place.
 """
 
 import argparse
@@ -78,7 +78,7 @@ class Config:
     out: str = flag("", "folder for all that a run writes; else runs/<model>")
     device: str = flag("auto", "auto: an accelerator, if there is one", choices=reward.DEVICES)
     dtype: str = flag("auto", "auto: bf16, on a cpu fp32", choices=("auto", "fp32", "bf16"))
-    seed: int = flag(0, "part of the key of every random draw", 0, 2**32 - 1)
+    seed: int = flag(0, "of noise, trained steps, prompt order and LoRA's start", 0, 2**32 - 1)
     steps: int = flag(300, "GRPO steps: a rollout, its rewards, its update", 1, 10**9)
     # policy
     lora_rank: int = flag(0, "train LoRA adapters of this rank; 0: all weights", 0, 1024)
@@ -87,7 +87,7 @@ class Config:
     ema_decay: float = flag(0.0, "of averaged weights, for evaluation and export", 0, 0.99999)
     compile: bool = flag(False, "compile the blocks: minutes at the start, then faster")
     attention: str = flag("native", "diffusers' name of an attention backend")
-    gradient_checkpointing: float = flag(1.0, "share of the blocks that save memory", 0, 1)
+    gradient_checkpointing: float = flag(1.0, "share of blocks that recompute activations", 0, 1)
     # reward
     reward: str = flag("hps", "hps, clip, pickscore, package.module:function; or hps:0.7,clip:0.3")
     hps: str = flag("", "file, or owner/name/file of the hub; else HPS-v2.1 from the hub")
@@ -103,18 +103,18 @@ class Config:
     width: int = flag(720, "pixels, a multiple of 16", 16, 8192)
     sampling_steps: int = flag(16, "T, denoising steps; the last is deterministic", 2, 1000)
     sde_window: int = flag(0, "only so many denoising steps in a row are SDE steps; 0: all", 0, 999)
-    window_shift_every: int = flag(0, "GRPO steps between moves of it; 0: it is drawn", 0, 10**9)
+    window_shift_every: int = flag(0, "GRPO steps until it moves by one; 0: it is random", 0, 10**9)
     sde: str = flag("dance", "formula of the SDE step", choices=("dance", "flow", "cps"))
     eta: float = flag(0.3, "noise level: more explores more, and blurs more", 1e-6, 10)
     shift: float = flag(3.0, "of the schedule; above 1: more steps at high noise", 1e-3, 1e3)
     guidance: float = flag(3.5, "guidance input of FLUX.1-dev; other models have none", 0, 1e3)
     init_same_noise: bool = flag(True, "a group starts from one noise; only the SDE varies it")
     text_length: int = flag(512, "T5 tokens of a prompt; FLUX.1-schnell: at most 256", 1, 512)
-    micro_batch: int = flag(2, "samples of a transformer call, at most; as memory allows", 1, 10**4)
+    micro_batch: int = flag(2, "largest batch of a transformer call; less saves memory", 1, 10**4)
     # update
     batch_size: int = flag(32, "images of an optimizer step", 1, 10**8)
-    timestep_fraction: float = flag(0.0, "share of its SDE steps that a sample trains; 0: all of a "
-                                    "window and of fewer than 8, else 0.6", 0, 1)
+    timestep_fraction: float = flag(0.0, "share of the SDE steps that are trained, chosen for each "
+                                    "image; 0: all with sde_window or below 8, else 0.6", 0, 1)
     learning_rate: float = flag(1e-5, "of AdamW", 1e-12, 1)
     weight_decay: float = flag(1e-4, "of AdamW", 0, 1)
     max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm", 1e-9, 1e9)
@@ -286,9 +286,9 @@ def plan_step(step, cfg, rank=0, world=1):
     which is DanceGRPO's way. Each process takes an equal, contiguous part of each batch.
     """
     P, G, size = cfg.num_prompts, cfg.num_generations, cfg.batch_size
-    run = G if size % G == 0 else size // P  # consecutive images of one prompt
-    order = [(step, p, i) for start in range(0, G, run) for p in range(P)
-             for i in range(start, start + run)]
+    chunk = G if size % G == 0 else size // P  # consecutive images of one prompt
+    order = [(step, p, i) for start in range(0, G, chunk) for p in range(P)
+             for i in range(start, start + chunk)]
     part = size // world
     starts = range(rank * part, P * G, size)
     return [key for start in starts for key in order[start:start + part]]
@@ -338,9 +338,9 @@ Trajectory = namedtuple("Trajectory", "sigmas x x0 logp")
 def rollout(predict, x, text, keys, cfg, eta):
     """Turn noise x (B, L, C) into images: a Trajectory.
 
-    eta > 0 samples with the SDE inside sde_steps, eta = 0 with the ODE. keys[i] = (step,
-    prompt_index, sample) seeds the noise of sample i. The last step is deterministic, so its x0 is
-    the image.
+    eta > 0 samples with the SDE inside sde_steps, eta = 0 with the ODE, which needs no keys.
+    keys[i] = (step, prompt_index, sample) seeds the noise of sample i. The last step is
+    deterministic, so its x0 is the image.
     """
     T = cfg.sampling_steps
     start = sde_steps(keys[0][0], cfg).start if eta and cfg.init_same_noise else 0
@@ -405,10 +405,10 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg, referenc
     device, window, K = states.device, sde_steps(keys[0][0], cfg), num_train_steps(cfg)
     orders = [randperm(len(window), cfg.seed, TRAIN_STEPS, *key)[:K] for key in keys]
     train_steps = torch.stack(orders).to(device) + window.start  # (B, K)
-    count = cfg.num_prompts * cfg.num_generations // cfg.batch_size  # optimizer steps
-    nonzero = torch.stack(gather((advantages.view(count, -1) != 0).any(1))).any(0).tolist()
+    batches = cfg.num_prompts * cfg.num_generations // cfg.batch_size
+    nonzero = torch.stack(gather((advantages.view(batches, -1) != 0).any(1))).any(0).tolist()
     advantages, results = advantages.to(device), []
-    for batch in torch.arange(len(keys), device=device).view(count, -1)[nonzero]:
+    for batch in torch.arange(len(keys), device=device).view(batches, -1)[nonzero]:
         totals, ratio_max_dev = torch.zeros(4, device=device), torch.zeros((), device=device)
         for i in batch.split(cfg.micro_batch):
             inputs = [c[i] for c in text]
@@ -424,10 +424,10 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg, referenc
                     kl = gaussian_kl(v, reference(x, sigma, inputs), x, sigma, sigma_next, cfg.eta,
                                      cfg.sde).mean()
                     loss = loss + cfg.kl_beta * kl
-                count = len(batch) * K  # transitions; FSDP averages gradients over processes
-                (loss * len(i) / count).backward()
+                share = len(i) / (len(batch) * K)  # of transitions; FSDP averages over processes
+                (loss * share).backward()
                 totals += torch.stack([loss.detach(), stats["ratio"], stats["clip_frac"],
-                                       kl.detach()]) * len(i) / count
+                                       kl.detach()]) * share
                 ratio_max_dev = torch.maximum(ratio_max_dev, stats["ratio_max_dev"])
         results.append(optimizer_step(optimizer, totals, ratio_max_dev, cfg, first=not results))
     finite = [stats for stats in results if math.isfinite(stats["grad_norm"])]
@@ -446,8 +446,8 @@ def optimizer_step(optimizer, totals, ratio_max_dev, cfg, first):
     if first and stats["ratio_max_dev"] > FIRST_RATIO_LIMIT:
         raise FloatingPointError(
             f"the first ratio is off by {stats['ratio_max_dev']:.1e}, though the policy is still "
-            "that of the rollout: rollout and update compute different velocities (dtype, batch "
-            "size, dropout, kernels that are not deterministic: try --deterministic)")
+            "that of the rollout: rollout and update compute different velocities (latents rounded "
+            "to bf16, dtype, batch size, dropout, kernels: try --deterministic)")
     TAPE.note("loss", stats["loss"])
     TAPE.note("grad_norm", stats["grad_norm"])
     if math.isfinite(stats["grad_norm"]):  # one norm for all processes: all of them step, or none
@@ -458,8 +458,8 @@ def optimizer_step(optimizer, totals, ratio_max_dev, cfg, first):
 # ------------------------------------------------------------------------------------- a GRPO step
 
 def train_step(step, run):
-    """One step of GRPO. Returns the scores {reward: (P G,)} of all processes, group by group, and
-    statistics of this process's update."""
+    """Take GRPO step number `step`, from 0. Return scores {reward: (P G,)} and advantages (P G,)
+    of all processes, group by group, and the statistics of this process's update."""
     cfg, policy, G = run.cfg, run.policy, run.cfg.num_generations
     keys = plan_step(step, cfg, run.rank, run.world)
     prompts = [run.step_prompts[step][prompt_index] for _, prompt_index, _ in keys]
@@ -508,12 +508,12 @@ TAPE_NAMES = re.compile(r"input_latents_\d+_\d+(_\d+)?|(coff|perms)_\d+_\d+|"
                         rf"({'|'.join(TOLERANCES)})\.\d+")
 
 class Tape:
-    """Record every draw and every stage's results, or replay the draws and compare the results.
+    """Record a step's noise, trained steps and results, or replay those draws and compare results.
 
     A safetensors file for each GRPO step and process. Results are STAGE.NUMBER. Draws have the
     names that serve to align DanceGRPO's code, with steps from 1 and rows of this process:
     input_latents_STEP_RANK[_ROW] (1, c, h, w); coff_N_RANK (1, L, C), N = ((STEP - 1) * rows + ROW)
-    * T + t; perms_STEP_RANK (rows, T-1), the order in which denoising steps are trained.
+    * T + t; perms_STEP_RANK (rows, T-1 or the window), the order of the SDE steps; K are trained.
     """
     file, recorded = None, {}  # off until it is opened
 
@@ -600,7 +600,7 @@ class Tape:
         if off:
             step, i, rank, *_ = min(off)
             lines.append(f"first OFF: step {step + 1}, rank {rank}, stage {list(TOLERANCES)[i]}; "
-                         "what comes after it is noise")
+                         "later stages inherit its error")
         word = "OFF" if off else "OK" if errors else "without results to compare"
         return "\n".join([*lines, f"replay {word}"])
 
@@ -631,7 +631,8 @@ def init_distributed(name):
     backend = dist.get_default_backend_for_device(device)
     if reward.is_accelerator(device):  # gloo carries objects: HCCL lacks collectives they need
         backend = f"cpu:gloo,{device.type}:{backend}"
-    with bad_input_if_fails("RANK is set, but not all of torchrun's variables: use it, or unset"):
+    with bad_input_if_fails("RANK is set, but not all of torchrun's variables: unset it, or use "
+                            "torchrun"):
         dist.init_process_group(backend)
     return device, dist.get_rank(), dist.get_world_size()
 
@@ -676,9 +677,8 @@ def read_model_config(model):
 def load_transformer(cfg, device):
     """Load the transformer: all weights in fp32, or frozen ones in cfg.dtype and fp32 adapters.
 
-    Several processes shard it with FSDP2: each keeps a part of the weights, gathers a block to
-    compute it, and gets the mean of all gradients. One process reads the weights, the others build
-    meta tensors.
+    Several processes shard it with FSDP2: each keeps a part of the weights, and of the mean of all
+    gradients. One process reads the weights, the others build meta tensors.
     """
     dtype, weights = DTYPES[cfg.dtype] if cfg.lora_rank else torch.float32, {}
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -724,7 +724,7 @@ def trained_parameters(transformer):
 
 @contextmanager
 def dcp_errors():
-    """Raise what a process met in DCP in the place of CheckpointException, a BaseException."""
+    """Raise the first error that DCP has wrapped into CheckpointException, a BaseException."""
     try:
         yield
     except dcp.CheckpointException as error:  # its failures: {rank: (exception, traceback)}
@@ -947,20 +947,20 @@ class Run:
             line[name] = max(values) if name.endswith("_dev") else sum(values) / len(values)
         return {"step": step} | {name: float(f"{value:.7g}") for name, value in line.items()}
 
-    def open(self, info, first):
-        """Clear what a kill has left, write config.json, and take the metrics up to step first."""
+    def open(self, info, done):
+        """Clear what a kill has left, write config.json, and keep the metrics up to step `done`."""
         for name in ("images", "checkpoints"):
             (self.out / name).mkdir(exist_ok=True)
-        for leftover in [*self.out.glob("**/writing-*"), *self.out.glob("**/old-*"),
+        for leftover in [*self.out.glob("**/.writing-*"), *self.out.glob("**/.old-*"),
                          self.out / "before_after.png"]:
             remove(leftover)
         write_json(self.out / "config.json", info)
-        kept = [line for line in read_metrics(self.out) if first and line["step"] <= first]
+        kept = [line for line in read_metrics(self.out) if done and line["step"] <= done]
         with atomic_write(self.out / "metrics.jsonl") as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         try:
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(self.out / "tensorboard", purge_step=first + 1)
+            self.board = SummaryWriter(self.out / "tensorboard", purge_step=done + 1)
         except Exception as error:  # it is optional, and a broken installation can raise anything
             print(printable(f"no TensorBoard: {error}"))
 
@@ -973,10 +973,10 @@ class Run:
         for name, value in line.items() if self.board else ():
             self.board.add_scalar(name, value, line["step"])
         if any("held_out" in name for name in line):
-            draw(self.out / "reward.png", [self.out])
+            plot(self.out / "reward.png", [self.out])
 
-def draw(path, folders, *pictures):
-    """Draw pictures of evaluations, files of these runs, and the curves of the runs beside them."""
+def plot(path, folders, *pictures):
+    """Plot pictures of evaluations, files of these runs, and the curves of the runs beside them."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may be missing in this process
     from matplotlib.figure import Figure
     from matplotlib.image import imread
@@ -1029,7 +1029,7 @@ def compare_runs(*folders):
             worst = max(worst, abs(b / a - 1))
             print(f"{printable(name):12}{steps[part][0]:5} to {steps[part][-1]:5}{a:12.4f}{b:10.4f}"
                   f"{b / a - 1:+12.2%}")
-    draw(Path(folders[1]) / "compare.png", folders, *(
+    plot(Path(folders[1]) / "compare.png", folders, *(
         max(Path(f, "images").glob("*.png"), default=Path(f, "none")) for f in folders))
     print(f"look at {folders[1]}/compare.png\ncompare {'OK' if worst <= 0.05 else 'OFF'}")
     return worst <= 0.05
@@ -1062,8 +1062,8 @@ def tiny_models(cfg):
     return settings
 
 def build_tiny(folder):
-    """Build a tiny FLUX.1 for diffusers that draws well but does not listen, and a tiny HPS."""
-    print("building the tiny models, once, two to three minutes", flush=True)
+    """Build a tiny FLUX.1 for diffusers that draws well but hardly follows prompts, and a tiny HPS."""
+    print("building the tiny models, once, a minute or two", flush=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         images, labels = reward.tiny_dataset(4800)
@@ -1122,8 +1122,8 @@ def miscaption(labels, share):
 def build_tiny_flux(pipe, images, labels):
     """Train a FluxTransformer2DModel, 1.85 M parameters, by flow matching: v = noise - image.
 
-    It learns to draw but hardly to listen, as most captions are wrong: what GRPO then teaches, to
-    draw what was asked for, anybody can see.
+    It learns to draw but hardly to follow prompts, as most captions are random: what GRPO teaches,
+    to draw what was asked for, anybody can see.
     """
     cfg, vae, captions = Config(**TINY), pipe.vae, miscaption(labels, MISCAPTIONED)
     with torch.no_grad():
@@ -1144,7 +1144,7 @@ def build_tiny_flux(pipe, images, labels):
         return F.mse_loss(v, noise - z[rows])
 
     reward.fit(transformer, loss, len(z), steps=800, batch=32, rate=4e-3,
-               title=f"tiny FLUX (2/3): draws well; {MISCAPTIONED:.0%} of captions are wrong")
+               title=f"tiny FLUX (2/3): draws well; {MISCAPTIONED:.0%} of captions are random")
     return transformer
 
 # -------------------------------------------------------------------------------------------- main
@@ -1239,7 +1239,8 @@ def stop_signals():
 
     def note(number, _):
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        for known in before:
+            signal.signal(known, signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
@@ -1253,11 +1254,11 @@ def stop_signals():
 def train(run, info, checkpoint):
     """Train from the checkpoint, or from the start, to the last step; save, evaluate and export."""
     cfg, out, policy, bad = run.cfg, run.out, run.policy, 0
-    first = int(checkpoint.name[5:]) if checkpoint else 0
+    done = int(checkpoint.name[5:]) if checkpoint else 0
     if checkpoint:
         policy.load(checkpoint)
     if run.rank == 0:
-        run.open(info, first)
+        run.open(info, done)
     P, G, K = cfg.num_prompts, cfg.num_generations, num_train_steps(cfg)
     if run.rank == 0:
         print(f"a GRPO step: {P} prompts x {G} images, {K} of {cfg.sampling_steps} denoising steps "
@@ -1265,11 +1266,11 @@ def train(run, info, checkpoint):
               f"{cfg.batch_size / (P * G):.0%} on-policy\n{len(run.text_files)} prompts, the "
               f"first: {printable(run.eval_prompts[0][:80])}", flush=True)
     with stop_signals() as received, tqdm(
-            total=cfg.steps, initial=first, desc="GRPO", unit="step", disable=run.rank > 0,
+            total=cfg.steps, initial=done, desc="GRPO", unit="step", disable=run.rank > 0,
             dynamic_ncols=True) as bar:
-        if first == 0:
+        if done == 0:
             run.write({"step": 0} | run.evaluate(0))
-        for step in range(first + 1, cfg.steps + 1):
+        for step in range(done + 1, cfg.steps + 1):
             scores, advantages, stats = train_step(step - 1, run)
             line = run.metrics(step, scores, advantages, stats)
             if step % cfg.eval_every == 0 or step == cfg.steps:
@@ -1293,7 +1294,7 @@ def train(run, info, checkpoint):
         policy.export(cfg, out / "export", run.rank)
     if run.rank == 0:
         remove(out / "text")
-        draw(out / "before_after.png", [out], *(
+        plot(out / "before_after.png", [out], *(
             out / "images" / f"step_{step:05d}.png" for step in (0, cfg.steps)))
         print(f"look at {out}/before_after.png; for diffusers: {out}/export")
 
@@ -1307,7 +1308,8 @@ def main(argv=None):
     checkpoint, verdict = find_checkpoint(cfg, out), ""
     if (out / "before_after.png").exists() and (
             checkpoint == out / "checkpoints" / f"step_{cfg.steps:05d}"):
-        print(f"{out} has ended after {cfg.steps} steps; more --steps go on, another --out starts")
+        print(f"the run in {out} has finished its {cfg.steps} steps; raise --steps to continue it, "
+              "or give another --out")
         return
     if cfg.deterministic:
         reward.make_deterministic(cfg.seed)
@@ -1331,6 +1333,7 @@ def main(argv=None):
                 train_step(step, run)
             verdict = TAPE.verdict()
             if rank == 0:
+                remove(out / "text")
                 print(verdict)
         else:
             train(run, info, checkpoint)

@@ -66,8 +66,8 @@ def bad_input_if_fails(message):
 def remove(path):
     """Remove a file or folder, if there is one, so that a kill leaves no half under its name."""
     path = Path(path)
-    if os.path.lexists(path) and not path.name.startswith(("old-", "writing-")):
-        old = path.with_name(f"old-{path.name}")
+    if os.path.lexists(path) and not path.name.startswith((".old-", ".writing-")):
+        old = path.with_name(f".old-{path.name}")
         remove(old)
         path = path.rename(old)
     shutil.rmtree(path, ignore_errors=True)
@@ -76,9 +76,9 @@ def remove(path):
 @contextmanager
 def atomic_write(path, rank=0):
     """Yield a temporary path to write a file or folder to; rename it to `path` on success.
-    Processes that share a folder wait for each other after entering and before leaving."""
+    Rank 0 renames; processes that write into one folder must wait for each other before."""
     path = Path(path)
-    temporary, old = (path.with_name(f"{word}-{path.name}") for word in ("writing", "old"))
+    temporary, old = (path.with_name(f".{word}-{path.name}") for word in ("writing", "old"))
     if rank > 0:  # rank 0 alone renames and removes
         yield temporary
         return
@@ -281,7 +281,7 @@ def process_state_kept():
             yield
     finally:
         torch.set_default_dtype(dtype)
-        torch.set_default_device(None)
+        torch.set_default_device(None)  # this project never sets one
         for number, handler in handlers.items():
             if signal.getsignal(number) != handler:
                 signal.signal(number, handler)
@@ -478,7 +478,7 @@ def build_tiny_hps(folder, images, labels):
 
 # ------------------------------------------------------------------------------------ command line
 
-ALLOWED = 0.015  # percent of the mean score: what ports of HPS to Ascend are held to
+ALLOWED = 0.015  # percent of the mean score, on average over the pictures
 FLAGS = (  # name, default, help
     ("prompt", "", "the text that all the pictures were made for"),
     ("prompts", "", "file with a text a line, in their order; else their names: 7_a_red_cat.png"),
