@@ -24,7 +24,7 @@ What differs from DanceGRPO's code (README says how much each matters):
         --prompts prompts.txt                               # FLUX.1-dev; one card: --lora_rank 64
 
 Letters of shapes: B samples of this process, b of a micro-batch, P prompts, G samples of a group,
-T denoising steps, K trained ones, L latent tokens of an image, C channels of one, S text tokens, D
+T denoising steps, K trained ones, L latent tokens of an image, C channels of one, N text tokens, E
 channels of one; unpacked latents are (c, h, w). TAPE.note and TAPE.draw return what they are given
 unchanged; --record saves it too, and --replay compares it and puts recorded draws in its place.
 """
@@ -172,10 +172,10 @@ def randperm(n, *key):
 def sigma_schedule(sampling_steps: int, shift: float) -> list[float]:
     """Return T + 1 noise levels σ of T denoising steps, from 1.0 (noise) down to 0.0 (image).
 
-    t = linspace(1, 0, T + 1);  σ = s t / (1 + (s - 1) t)  (Esser et al., arXiv 2403.03206)
+    u = linspace(1, 0, T + 1);  σ = s u / (1 + (s - 1) u)  (Esser et al., arXiv 2403.03206)
     """
-    ts = [1 - i / sampling_steps for i in range(sampling_steps + 1)]
-    return [shift * t / (1 + (shift - 1) * t) for t in ts]
+    us = [1 - t / sampling_steps for t in range(sampling_steps + 1)]
+    return [shift * u / (1 + (shift - 1) * u) for u in us]
 
 def flux_step(v, x, sigma, sigma_next, eta, sde="dance", noise=None, x_next=None):
     """Take one denoising step σ -> σ', or score one that was taken: (x_next, x0, logp).
@@ -302,8 +302,8 @@ def velocity(transformer, x, sigma, text, ids, guidance, bf16):
     """Return v (B, L, C) in fp32. This is the only call of the transformer; what follows knows it
     as predict(x, sigma, text).
 
-    x (B, L, C) fp32; sigma (B, 1, 1); text: T5's embeddings (B, S, D) and CLIP's pooled one
-    (B, D'); ids: image_ids (L, 3); guidance: for models that have that input.
+    x (B, L, C) fp32; sigma (B, 1, 1); text: T5's embeddings (B, N, E) and CLIP's pooled one
+    (B, E'); ids: image_ids (L, 3); guidance: for models that have that input.
     """
     prompt_embeds, pooled = text
     scale = x.new_full((len(x),), guidance) if transformer.config.guidance_embeds else None
@@ -499,7 +499,7 @@ TOLERANCES = dict(
     latents=("relative", 1e-3, 3e-2),  # they add up velocities
     logp=("mean", 1e-5, 1e-5),  # a tenth of the clip range
     images=("mean", 1 / 255, 1 / 255),  # a grey level, which no eye sees
-    reward=("relative", 1.5e-4, 1.5e-4),  # what ports of HPS to Ascend are held to
+    reward=("relative", 1.5e-4, 1.5e-4),  # as in reward.py --against
     advantages=("relative", 2e-2, 2e-2),  # the reward's error over its std in a group
     velocity_in_update=("relative", 1e-3, 3e-2),  # as above, with what the optimizer has done
     loss=("mean", 1e-5, 1e-5),  # as logp, of which it is made
@@ -898,7 +898,7 @@ class Run:
         return files
 
     def text(self, prompts):
-        """Return T5's embeddings (B, S, D) and CLIP's pooled ones (B, D')."""
+        """Return T5's embeddings (B, N, E) and CLIP's pooled ones (B, E')."""
         texts = {prompt: load_file(self.text_files[prompt]) for prompt in dict.fromkeys(prompts)}
         return tuple(torch.stack([texts[prompt][name] for prompt in prompts]).to(self.device)
                      for name in ("embeds", "pooled"))
@@ -1062,7 +1062,7 @@ def tiny_models(cfg):
     return settings
 
 def build_tiny(folder):
-    """Build a tiny FLUX.1 for diffusers that draws well but hardly follows prompts, and a tiny HPS."""
+    """Build a tiny FLUX.1 for diffusers, which draws well but ignores prompts, and a tiny HPS."""
     print("building the tiny models, once, a minute or two", flush=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
