@@ -1048,7 +1048,7 @@ def tiny_models(cfg):
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(home, "grpo_flux", f"tiny-{TINY_VERSION}").absolute()
     if int(os.environ.get("RANK", 0)) == 0 and not folder.exists():
-        with bad_input_if_fails(f"XDG_CACHE_HOME {home}: must be a folder to write models to"):
+        with bad_input_if_fails(f"XDG_CACHE_HOME={home}: must be a folder to write models to"):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_name("lock")):
                 if not folder.exists():
