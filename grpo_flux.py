@@ -424,10 +424,10 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg, referenc
                     kl = gaussian_kl(v, reference(x, sigma, inputs), x, sigma, sigma_next, cfg.eta,
                                      cfg.sde).mean()
                     loss = loss + cfg.kl_beta * kl
-                share = len(i) / (len(batch) * K)  # of transitions; FSDP averages over processes
-                (loss * share).backward()
+                count = len(batch) * K  # transitions; FSDP averages gradients over processes
+                (loss * len(i) / count).backward()
                 totals += torch.stack([loss.detach(), stats["ratio"], stats["clip_frac"],
-                                       kl.detach()]) * share
+                                       kl.detach()]) * len(i) / count
                 ratio_max_dev = torch.maximum(ratio_max_dev, stats["ratio_max_dev"])
         results.append(optimizer_step(optimizer, totals, ratio_max_dev, cfg, first=not results))
     finite = [stats for stats in results if math.isfinite(stats["grad_norm"])]
