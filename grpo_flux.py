@@ -1350,13 +1350,14 @@ def main(argv=None):
 
 def explain(error):
     """Return one line for an error that a user can act on; None for one that needs a traceback."""
-    line = "; ".join([str(error), *getattr(error, "__notes__", [])])
+    text, notes = str(error), "".join(f"; {note}" for note in getattr(error, "__notes__", []))
     if isinstance(error, torch.OutOfMemoryError):
-        return f"out of memory: a lower --micro_batch needs less, and so does --lora_rank ({line})"
-    if isinstance(error, (BadInput, OSError, SafetensorError, FloatingPointError)):
-        return line
-    if isinstance(error, dist.DistError) or re.search("gloo|nccl|hccl", str(error), re.I):
-        return f"another process has ended, see its message ({' '.join(line.split())[:160]})"
+        text = f"out of memory: a lower --micro_batch needs less, and so does --lora_rank ({text})"
+    elif isinstance(error, dist.DistError) or re.search("gloo|nccl|hccl", text, re.I):
+        text = f"another process has ended, see its message ({text.strip()[:80]})"
+    elif not isinstance(error, (BadInput, OSError, SafetensorError, FloatingPointError)):
+        return None
+    return text + notes
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
