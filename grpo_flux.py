@@ -1353,10 +1353,10 @@ def explain(error):
     text, notes = str(error), "".join(f"; {note}" for note in getattr(error, "__notes__", []))
     if isinstance(error, torch.OutOfMemoryError):
         text = f"out of memory: a lower --micro_batch needs less, and so does --lora_rank ({text})"
-    elif isinstance(error, dist.DistError) or re.search("gloo|nccl|hccl", text, re.I):
-        text = f"another process has ended, see its message ({text.strip()[:80]})"
     elif not isinstance(error, (BadInput, OSError, SafetensorError, FloatingPointError)):
-        return None
+        if not isinstance(error, dist.DistError) and not re.search("gloo|nccl|hccl", text, re.I):
+            return None
+        text = f"another process has ended, see its message ({text.strip()[:80]})"
     return text + notes
 
 if __name__ == "__main__":
