@@ -809,10 +809,9 @@ def test_deterministic_sets_every_switch(monkeypatch):
         assert torch.are_deterministic_algorithms_enabled() and torch.initial_seed() == 3
     finally:
         torch.use_deterministic_algorithms(False)
-    assert os.environ == dict(
-        HCCL_DETERMINISTIC="true", LCCL_DETERMINISTIC="1", CLOSE_MATMUL_K_SHIFT="1",
-        ATB_MATMUL_SHUFFLE_K_ENABLE="0", ATB_LLM_LCOC_ENABLE="0",
-        CUBLAS_WORKSPACE_CONFIG=":4096:8", PYTHONHASHSEED="3")
+    assert os.environ == dict(HCCL_DETERMINISTIC="true", LCCL_DETERMINISTIC="1", PYTHONHASHSEED="3",
+                              ATB_MATMUL_SHUFFLE_K_ENABLE="0", ATB_LLM_LCOC_ENABLE="0",
+                              CLOSE_MATMUL_K_SHIFT="1", CUBLAS_WORKSPACE_CONFIG=":4096:8")
     assert not torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32
     assert torch.npu.conv.allow_hf32 is torch.npu.matmul.allow_hf32 is False
 
@@ -1427,9 +1426,9 @@ def test_handlers_of_others():
 def test_signals_to_two_processes(victim, number, tmp_path, heavy):
     """A process that waits for ever for one that is gone; a step that is lost without need."""
     out, log = tmp_path / "run", (tmp_path / "log").open("w")
-    process = subprocess.Popen(
-        [sys.executable, *TORCHRUN, HERE / "grpo_flux.py", *SHORT, "--steps", "500", "--out",
-         out, "--save_every", "2"], cwd=tmp_path, stdout=log, stderr=log)
+    flags = [*SHORT, "--steps", "500", "--out", out, "--save_every", "2"]
+    argv = [sys.executable, *TORCHRUN, HERE / "grpo_flux.py", *flags]
+    process = subprocess.Popen(argv, cwd=tmp_path, stdout=log, stderr=log)
     while process.poll() is None and len(grpo_flux.read_metrics(out)) < 4:
         time.sleep(0.1)
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -1530,7 +1529,8 @@ def kill_often(kills, ranks, seed):
     after a file was opened to be written, renamed or removed, each kind in its turn."""
     rng, fit, survived, references = np.random.default_rng(seed), reward.fit, 0, []
     reward.fit = lambda *args, **kwargs: fit(*args, **kwargs | {"steps": 3})  # two seconds
-    out = Path(tempfile.mkdtemp(dir=".")) / "now" / "run"
+    os.chdir(tempfile.mkdtemp())
+    out = Path("now/run")
     for flags in [FAULTY, [*FAULTY, *LORA, "--ema_decay", "0.9"]][:1 + (kills > 3)]:
         begin = time.monotonic()
         assert launch(flags, out, ranks * [None], seed) == ranks * [0]  # the first one builds
