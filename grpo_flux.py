@@ -443,7 +443,7 @@ def optimizer_step(optimizer, totals, ratio_max_dev, cfg, first):
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor under FSDP
     names = ("loss", "ratio", "clip_frac", "kl", "grad_norm", "ratio_max_dev")
     stats = dict(zip(names, torch.stack([*totals, norm, ratio_max_dev]).tolist()))
-    if first and stats["ratio_max_dev"] > FIRST_RATIO_LIMIT:
+    if first and stats["ratio_max_dev"] > FIRST_RATIO_LIMIT and not TAPE.recorded:
         raise FloatingPointError(
             f"the first ratio is off by {stats['ratio_max_dev']:.1e}, though the policy is still "
             "that of the rollout: rollout and update compute different velocities (latents rounded "
@@ -922,7 +922,7 @@ class Run:
             x0 = rollout(self.policy.predict, x, text, None, cfg, eta=0).x0
         images = decode(self.vae, x0, self.shape[1:], cfg.micro_batch)
         scores = reward.score(self.rewards, images, prompts, f"the evaluation of step {step}")
-        values = {f"held_out_{name}".replace("_reward", ""): score
+        values = {"held_out" if name == "reward" else f"held_out_{name}": score
                   for name, score in self.label(scores).items()}
         if set(self.eval_prompts) <= set(reward.TINY_PROMPTS):
             values |= reward.judge_tiny(images, prompts, self.rewards)
@@ -1352,11 +1352,13 @@ def explain(error):
     """Return one line for an error that a user can act on; None for one that needs a traceback."""
     text, notes = str(error), "".join(f"; {note}" for note in getattr(error, "__notes__", []))
     if isinstance(error, torch.OutOfMemoryError):
-        text = f"out of memory: a lower --micro_batch needs less, and so does --lora_rank ({text})"
+        text = ("out of memory: --gradient_checkpointing 1, a lower --micro_batch and LoRA "
+                f"(--lora_rank 64) need less ({text})")
     elif not isinstance(error, (BadInput, OSError, SafetensorError, FloatingPointError)):
         if not isinstance(error, dist.DistError) and not re.search("gloo|nccl|hccl", text, re.I):
             return None
-        text = f"another process has ended, see its message ({text.strip()[:80]})"
+        text = ("another process has ended, see its message, or the network has failed "
+                f"({text.strip()[:80]})")
     return text + notes
 
 if __name__ == "__main__":
