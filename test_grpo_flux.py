@@ -685,7 +685,7 @@ def test_names_on_the_tape(record):
 
 def foreign_record(tiny, folder, settings):
     """A record by plain Python from README's table: random draws, results of single functions."""
-    cfg, prompts, B, T, K = replace(tiny.cfg, **settings), ["a blue cross"], 12, 4, 3
+    cfg, prompts, B, T = replace(tiny.cfg, **settings), ["a blue cross"], 12, 4
     draws = {"input_latents_1_0": torch.randn(1, *SHAPE)}
     draws |= {f"coff_{n}_0": torch.randn(1, 16, 16) for n in range(B * T)}
     draws["perms_1_0"] = torch.stack([torch.randperm(T - 1) for _ in range(B)])
