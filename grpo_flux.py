@@ -1,47 +1,52 @@
 """GRPO for FLUX in one file: teach a text-to-image model what people prefer.
 
-DanceGRPO (Xue et al., arXiv 2505.07818) in six lines, each with its functions:
+DanceGRPO (Xue et al., arXiv 2505.07818) in six stages, as numbered in train_step:
 
-    1. turn noise into an image by T small SDE steps, given a prompt     rollout, flux_step
-    2. do that G times for each of P prompts; a group shares a prompt    plan_step
-    3. decode the images, and score them with a reward model             decode, reward.HPS
-    4. advantage: standard deviations above the mean of the group        group_advantages
-    5. raise the probability of steps with A > 0: PPO's clipped loss     update, grpo_loss
-    6. repeat with the next prompts                                      train_step, train
+    1. plan: G images for each of P prompts; a group shares a prompt    plan_step
+    2. draw the noise that each image starts from                       draw_latents
+    3. turn it into an image by T small SDE steps                       rollout, flux_step
+    4. decode the images and score them with a reward model             decode, reward.HPS
+    5. advantage: standard deviations above the mean of the group       group_advantages
+    6. make the steps with A > 0 more probable: PPO's clipped loss      update, grpo_loss
 
-What differs from DanceGRPO's code (README says how much each matters):
+train repeats this with the next prompts. What differs from DanceGRPO's code (README says how
+much each difference matters):
 
     1. The transformer is given sigma as its timestep, not int(1000 sigma) / 1000.
     2. Rollout and update use one batch size, whatever it is, so the first ratio is exactly 1.
-    3. Every random draw has a key (seed, purpose, step, prompt, sample, t): the same images on
-       every device, at every batch size and number of processes. Each prompt has its own noise.
+    3. Every random draw has a key (seed, purpose, step, prompt_index, sample, t): the same
+       images on every device, at every batch size and number of processes.
     4. With bf16 only the models compute in bf16; SDE steps, images and scores are fp32.
-    5. The VAE decodes an image at once; tiles leave seams that a reward sees.
+    5. The VAE decodes an image at once. FLUX.1's VAE would cut tiles above 1024 pixels only.
     6. A group of equal rewards gets advantages of exactly 0; a batch of them, no optimizer step.
 
-    python grpo_flux.py                                     # a tiny FLUX, on a laptop
+    python grpo_flux.py                                      # a tiny FLUX, on a laptop
     torchrun --nproc_per_node 8 grpo_flux.py --model black-forest-labs/FLUX.1-dev \\
-        --prompts prompts.txt                               # FLUX.1-dev; one card: --lora_rank 64
+        --prompts prompts.txt                                # FLUX.1-dev on eight GPUs
 
 Letters of shapes: B samples of this process, b of a micro-batch, P prompts, G samples of a group,
-T denoising steps, K trained ones, L latent tokens of an image, C channels of one, N text tokens, E
-channels of one; unpacked latents are (c, h, w). TAPE.note and TAPE.draw return what they are given
-unchanged; --record saves it too, and --replay compares it and puts recorded draws in its place.
+S samples of an optimizer step, T denoising steps, K trained ones, L latent tokens of an image, C
+channels of one, N text tokens, E channels of one; unpacked latents are (c, h, w). A step is a
+number from 0 in code and in keys, and counts from 1 wherever a person reads it.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import signal
 import sys
+import tempfile
 import time
+import traceback
 import warnings
-from collections import namedtuple
-from contextlib import contextmanager
+from collections import Counter, namedtuple
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -64,108 +69,33 @@ from tqdm import tqdm
 import reward
 from reward import BadInput, atomic_write, bad_input_if_fails, printable, remove, require
 
-# ------------------------------------------------------------------------------------------ config
-
-def flag(default, help, low=None, high=None, choices=()):
-    """A field of Config. --help and the check of its value read the same metadata."""
-    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
-
-@dataclass
-class Config:
-    """Every field is a flag. Counts of a GRPO step are totals over all processes."""
-    model: str = flag("tiny", "tiny, or a folder or hub name of FLUX.1 in diffusers format")
-    prompts: str = flag("", "text file in UTF-8, a prompt a line; tiny has 24 of its own")
-    out: str = flag("", "folder for all that a run writes; else runs/<model>")
-    device: str = flag("auto", "auto: an accelerator, if there is one", choices=reward.DEVICES)
-    dtype: str = flag("auto", "auto: bf16, on a cpu fp32", choices=("auto", "fp32", "bf16"))
-    seed: int = flag(0, "of noise, trained steps, prompt order and LoRA's start", 0, 2**32 - 1)
-    steps: int = flag(300, "GRPO steps: a rollout, its rewards, its update", 1, 10**9)
-    # policy
-    lora_rank: int = flag(0, "train LoRA adapters of this rank; 0: all weights", 0, 1024)
-    lora_alpha: float = flag(128.0, "adapters are scaled by lora_alpha / lora_rank", 1e-3, 1e5)
-    kl_beta: float = flag(0.0, "weight of the KL divergence from the initial policy", 0, 1e6)
-    ema_decay: float = flag(0.0, "of averaged weights, for evaluation and export", 0, 0.99999)
-    compile: bool = flag(False, "compile the blocks: minutes at the start, then faster")
-    attention: str = flag("native", "diffusers' name of an attention backend")
-    gradient_checkpointing: float = flag(1.0, "share of blocks that recompute activations", 0, 1)
-    # reward
-    reward: str = flag("hps", "hps, clip, pickscore, package.module:function; or hps:0.7,clip:0.3")
-    hps: str = flag("", "file, or owner/name/file of the hub; else HPS-v2.1 from the hub")
-    hps_arch: str = flag("ViT-H-14", "open_clip's name of its architecture, or a .json file")
-    clip: str = flag("", "file, or owner/name/file of the hub, with weights for the reward clip")
-    clip_arch: str = flag("ViT-H-14", "open_clip's name of its architecture, or a .json file")
-    pickscore: str = flag("yuvalkirstain/PickScore_v1", "folder or hub name of PickScore")
-    reward_fp32: bool = flag(False, "rewards on an accelerator in fp32, not in fp16 autocast")
-    # rollout
-    num_prompts: int = flag(8, "P, prompts of a GRPO step", 1, 10**4)
-    num_generations: int = flag(12, "G, images of a prompt: a group", 2, 10**4)
-    height: int = flag(720, "pixels, a multiple of 16", 16, 8192)
-    width: int = flag(720, "pixels, a multiple of 16", 16, 8192)
-    sampling_steps: int = flag(16, "T, denoising steps; the last is deterministic", 2, 1000)
-    sde_window: int = flag(0, "only so many denoising steps in a row are SDE steps; 0: all", 0, 999)
-    window_shift_every: int = flag(0, "GRPO steps until it moves by one; 0: it is random", 0, 10**9)
-    sde: str = flag("dance", "formula of the SDE step", choices=("dance", "flow", "cps"))
-    eta: float = flag(0.3, "noise level: more explores more, and blurs more", 1e-6, 10)
-    shift: float = flag(3.0, "of the schedule; above 1: more steps at high noise", 1e-3, 1e3)
-    guidance: float = flag(3.5, "guidance input of FLUX.1-dev; other models have none", 0, 1e3)
-    init_same_noise: bool = flag(True, "a group starts from one noise; only the SDE varies it")
-    text_length: int = flag(512, "T5 tokens of a prompt; FLUX.1-schnell: at most 256", 1, 512)
-    micro_batch: int = flag(2, "largest batch of a transformer call; less saves memory", 1, 10**4)
-    # update
-    batch_size: int = flag(32, "images of an optimizer step", 1, 10**8)
-    timestep_fraction: float = flag(0.0, "share of the SDE steps that are trained, chosen for each "
-                                    "image; 0: all with sde_window or below 8, else 0.6", 0, 1)
-    learning_rate: float = flag(1e-5, "of AdamW", 1e-12, 1)
-    weight_decay: float = flag(1e-4, "of AdamW", 0, 1)
-    max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm", 1e-9, 1e9)
-    clip_range: float = flag(1e-4, "of the ratio; small, as logp is a mean", 1e-9, 1)
-    adv_clip_max: float = flag(5.0, "advantages are clipped to +- this", 1e-3, 1e3)
-    # checkpoints and evaluation
-    save_every: int = flag(20, "GRPO steps between checkpoints", 1, 10**9)
-    keep_last: int = flag(2, "checkpoints that are kept", 1, 10**9)
-    resume: str = flag("auto", "auto: from the last checkpoint in --out; none; or a folder")
-    eval_every: int = flag(20, "GRPO steps between evaluations", 1, 10**9)
-    eval_images: int = flag(16, "ODE samples of an evaluation, always the same noise", 1, 10**5)
-    # the same numbers on another device
-    record: str = flag("", "new folder for every random draw and every stage's results")
-    replay: str = flag("", "such a folder: take its settings and draws, compare every stage")
-    compare: tuple = flag((), "folders of two runs: compare them, and do nothing else")
-    deterministic: bool = flag(False, "deterministic kernels: equal runs, equal bits; slower")
-
-    def __post_init__(self):
-        for f in fields(self):
-            value, (_, low, high, choices) = getattr(self, f.name), f.metadata.values()
-            given = f"--{f.name} {value}" + f" (with --replay {self.replay})" * bool(self.replay)
-            require(low is None or low <= value <= high, f"{given}: must be from {low} to {high}")
-            require(value in (choices or [value]), f"{given}: must be one of {' '.join(choices)}")
-        for name, value in ("height", self.height), ("width", self.width):
-            require(value % 16 == 0, f"--{name} {value}: must be a multiple of 16")
-        P, G, size = self.num_prompts, self.num_generations, self.batch_size
-        require(P * G % size == 0 and (size % G == 0 or size % P == 0),
-                f"--batch_size {size}: must divide the {P * G} images of a GRPO step, and be a "
-                f"multiple of num_generations {G} (whole groups) or num_prompts {P}")
-        require(self.sde_window < self.sampling_steps, f"--sde_window {self.sde_window}: must be "
-                f"below sampling_steps {self.sampling_steps}")
-        require(not (self.record and self.replay), f"--record {self.record}: not with --replay")
-        reward.parse_rewards(self.reward)
-
 # ------------------------------------------------------------------------------------------- draws
 
 # The purpose of a draw, the second number of its key.
 LATENTS, NOISE, TRAIN_STEPS, PROMPTS, HELD_OUT, WINDOW = range(6)
 
+on_draw = None  # --record and --replay put a function (draw, key) -> draw here
+
 def randn(shape, *key):
     """Draw standard normal fp32 numbers of this shape; equal keys give equal numbers anywhere.
 
-    key: (seed, purpose, step, prompt_index, sample, t) or its beginning. numpy's normal sampler
-    makes almost no libm calls, so it is reproducible; rounding to fp32 removes the rest.
+    key: (seed, purpose, step, prompt_index, sample, t) or a prefix of it. numpy's normal sampler
+    hardly calls the system's libm, so it is reproducible; rounding to fp32 removes the rest.
     """
-    numbers = np.random.default_rng(key).standard_normal(shape).astype(np.float32)
-    return TAPE.draw(torch.from_numpy(numbers), *key)
+    numbers = np.random.default_rng(key).standard_normal(shape)
+    draw = torch.from_numpy(numbers.astype(np.float32))
+    return on_draw(draw, key) if on_draw else draw
 
 def randperm(n, *key):
     """Draw a random order of range(n), an int64 tensor (n,); key as in randn."""
-    return TAPE.draw(torch.from_numpy(np.random.default_rng(key).permutation(n)), *key)
+    draw = torch.from_numpy(np.random.default_rng(key).permutation(n))
+    return on_draw(draw, key) if on_draw else draw
+
+def send(tensor, device):
+    """Copy a CPU tensor to a device without waiting for the copy, from pinned memory."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 # ---------------------------------------------------------------------------------------- flow SDE
 
@@ -177,80 +107,87 @@ def sigma_schedule(sampling_steps: int, shift: float) -> list[float]:
     us = [1 - t / sampling_steps for t in range(sampling_steps + 1)]
     return [shift * u / (1 + (shift - 1) * u) for u in us]
 
+def sde_mean_std(v, x, sigma, sigma_next, eta, sde="dance"):
+    """Return the mean (B, L, C) and std of the Gaussian from which an SDE step draws x_next.
+
+    The SDE adds noise to the ODE dx = v dσ, and corrects its drift with the score ∇ log p(x), so
+    that for small steps x is distributed as under the ODE. x1 is standard normal, hence x given
+    x0 is N((1 - σ) x0, σ²), and Tweedie's formula gives the score with x0 = x - σ v, the mean of
+    x0 given x, in its place. With dt = σ' - σ < 0:
+
+      dance  score = -(x - (1 - σ) x0) / σ²;  mean = x + v dt - ½ η² score dt;  std = η√-dt
+             (DanceGRPO, arXiv 2505.07818)
+      flow   the same with η √(σ / (1 - σ)) for η; at σ = 1, where that divides by 0, 1 - σ'
+             takes the place of 1 - σ (Flow-GRPO, arXiv 2505.05470)
+      cps    std = σ' sin(η π/2);  mean = (1 - σ') x0 + √(σ'² - std²) x1; it keeps the noise
+             level, but its images are narrower (Flow-CPS, arXiv 2509.05952)
+
+    sigma, sigma_next: tensors that broadcast to (B, 1, 1), as std does. eta above 0.
+    """
+    dt = sigma_next - sigma
+    x0 = x - sigma * v
+    if sde == "cps":
+        x1 = x + (1 - sigma) * v
+        std = sigma_next * math.sin(eta * math.pi / 2)
+        mean = (1 - sigma_next) * x0 + (sigma_next**2 - std**2).sqrt() * x1
+        return mean, std
+
+    if sde == "flow":
+        level = torch.where(sigma < 1, sigma, sigma_next)
+        eta = eta * (sigma / (1 - level)).sqrt()
+    score = -(x - (1 - sigma) * x0) / sigma**2
+    mean = x + v * dt - 0.5 * eta**2 * score * dt
+    std = eta * (-dt).sqrt()
+    return mean, std
+
 def flux_step(v, x, sigma, sigma_next, eta, sde="dance", noise=None, x_next=None):
     """Take one denoising step σ -> σ', or score one that was taken: (x_next, x0, logp).
 
     A rectified flow interpolates image and noise, x = (1 - σ) x0 + σ x1, and the model predicts
     v = x1 - x0. The ODE dx = v dσ turns noise into an image deterministically, so its steps have
-    no probability to raise. The SDE injects noise and corrects the drift with the score, which
-    follows from v: for small steps the marginals of x stay those of the ODE. dt = σ' - σ < 0:
+    no probability to raise. Those of an SDE have one: x_next ~ N(mean, std²), see sde_mean_std.
 
-      dance  score = -(x - (1 - σ) x0) / σ²;  mean = x + v dt - ½ η² score dt;  std = η√-dt
-             (DanceGRPO, arXiv 2505.07818)
-      flow   the same with η √(σ / (1 - σ)) for η; at σ = 1, where that divides by 0, with
-             1 - σ' (Flow-GRPO, arXiv 2505.05470)
-      cps    std = σ' sin(η π/2);  mean = (1 - σ') x0 + √(σ'² - std²) x1; the noise level
-             is kept, but images are narrower (Flow-CPS, arXiv 2509.05952)
+    v, x, noise, x_next: (B, L, C) fp32. sigma, sigma_next: floats or tensors (B, 1, 1). Give
+    exactly one of noise, to take a step, and x_next, to score one. With eta = 0 the step is the
+    ODE's and needs neither. Raises ValueError for another sde than dance, flow or cps.
 
-    v, x, noise, x_next: (B, L, C) fp32. sigma, sigma_next: floats or tensors (B, 1, 1). Give noise
-    to take a step, x_next to score one; with eta = 0 the step is the ODE's and needs neither.
-
-    Returns x_next (B, L, C); x0 (B, L, C), the image that v points to; and logp (B,), the mean over
-    L and C of log N(x_next; mean, std²), nan if eta = 0. With the sum over all L C numbers the
-    ratio exp(logp - logp_old) would be 0 or infinite after any update; the mean gives its (L C)-th
-    root, so the clip range is 1e-4 and not 0.2.
+    Returns x_next (B, L, C); x0 (B, L, C), the image that v points to; and logp (B,), the mean
+    over L and C of log N(x_next; mean, std²), nan if eta = 0. With the sum over all L C numbers
+    the ratio exp(logp - logp_old) would be 0 or infinite after any update; the mean gives its
+    (L C)-th root, so the clip range is 1e-4 and not 0.2.
     """
-    sigma, sigma_next = (torch.as_tensor(s, dtype=x.dtype, device=x.device)
-                         for s in (sigma, sigma_next))
-    dt, x0 = sigma_next - sigma, x - sigma * v
     if sde not in ("dance", "flow", "cps"):
         raise ValueError(f"sde {sde!r} must be dance, flow or cps")
+    sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+    sigma_next = torch.as_tensor(sigma_next, dtype=x.dtype, device=x.device)
+    x0 = x - sigma * v
     if eta == 0:
-        return x + v * dt, x0, x.new_full((len(x),), float("nan"))
-    if sde == "cps":
-        x1, std = x + (1 - sigma) * v, sigma_next * math.sin(eta * math.pi / 2)
-        mean = (1 - sigma_next) * x0 + (sigma_next**2 - std**2).sqrt() * x1
-    else:
-        if sde == "flow":
-            eta = eta * (sigma / (1 - torch.where(sigma < 1, sigma, sigma_next))).sqrt()
-        score = -(x - (1 - sigma) * x0) / sigma**2
-        mean = x + v * dt - 0.5 * eta**2 * score * dt
-        std = eta * (-dt).sqrt()
+        no_density = x.new_full((len(x),), float("nan"))
+        return x + v * (sigma_next - sigma), x0, no_density
+
+    mean, std = sde_mean_std(v, x, sigma, sigma_next, eta, sde)
     if x_next is None:
         x_next = mean + std * noise  # stays fp32: rounding it to bf16 would change logp
+
+    # The step that was taken is data, the action of the policy: the gradient runs through mean.
     deviation = (x_next.detach() - mean) / std
-    logp = (-0.5 * deviation**2 - std.log() - 0.5 * math.log(2 * math.pi)).mean(dim=(1, 2))
-    return x_next, x0, logp
+    logp = -0.5 * deviation**2 - std.log() - 0.5 * math.log(2 * math.pi)
+    return x_next, x0, logp.mean(dim=(1, 2))
 
 def gaussian_kl(v, v_reference, x, sigma, sigma_next, eta, sde="dance"):
-    """Return the KL divergence (B,) between the SDE steps of two models from x: the mean over L and
-    C of (mean - mean_reference)² / (2 std²), as both have one std. Arguments as in flux_step."""
-    step = partial(flux_step, x=x, sigma=sigma, sigma_next=sigma_next, eta=eta, sde=sde)
-    mean, _, logp_at_mean = step(v_reference, noise=torch.zeros_like(x))
-    _, _, logp = step(v, x_next=mean)
-    return logp_at_mean - logp
+    """Return the KL divergence (B,) between the SDE steps of two models from the same x.
 
-def pack_latents(z):
-    """(B, c, h, w) -> (B, h/2 * w/2, 4c): each 2x2 patch becomes a token, in FLUX's order."""
-    B, c, h, w = z.shape
-    z = z.reshape(B, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return z.reshape(B, (h // 2) * (w // 2), 4 * c)
-
-def unpack_latents(x, h, w):
-    """(B, h/2 * w/2, 4c) -> (B, c, h, w), the inverse; h and w count latent pixels."""
-    B, _, C = x.shape
-    x = x.reshape(B, h // 2, w // 2, C // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return x.reshape(B, C // 4, h, w)
-
-def image_ids(h, w):
-    """(h/2 * w/2, 3): the position (0, row, column) of each token, for the rotary embedding."""
-    rows, columns = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3).float()
+    Both are Gaussian with one std, so it is (mean - mean_reference)² / (2 std²), here the mean over
+    L and C. sigma, sigma_next: tensors (B, 1, 1); the other arguments are those of flux_step.
+    """
+    mean, std = sde_mean_std(v, x, sigma, sigma_next, eta, sde)
+    mean_reference, _ = sde_mean_std(v_reference, x, sigma, sigma_next, eta, sde)
+    return ((mean - mean_reference) ** 2 / (2 * std**2)).mean(dim=(1, 2))
 
 # -------------------------------------------------------------------------------------------- GRPO
 
 def group_advantages(rewards, num_generations, eps=1e-8):
-    """(B,) rewards, group by group -> (B,) advantages: (r - mean) / (std + eps) within each group.
+    """(B,) rewards, group by group -> (B,) advantages: (r - mean) / (std + eps) within a group.
 
     Unbiased std, as in DanceGRPO. A group of equal rewards gets exactly 0: the formula alone would
     divide the rounding error of its mean by eps.
@@ -270,355 +207,761 @@ def grpo_loss(logp, logp_old, advantages, clip_range, adv_clip_max):
     """
     A = advantages.clamp(-adv_clip_max, adv_clip_max)
     ratio = (logp - logp_old).exp()
-    unclipped, clipped = -A * ratio, -A * ratio.clamp(1 - clip_range, 1 + clip_range)
+    unclipped = -A * ratio
+    clipped = -A * ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = torch.maximum(unclipped, clipped).mean()
+
+    # Where the clipped term is the larger one, it is a constant: this sample has no gradient.
     ratio = ratio.detach()
-    stats = {"ratio": ratio.mean(), "ratio_max_dev": (ratio - 1).abs().max(),
-             "clip_frac": (clipped > unclipped).float().mean()}
-    return torch.maximum(unclipped, clipped).mean(), stats
+    stats = {
+        "ratio": ratio.mean(),
+        "ratio_max_dev": (ratio - 1).abs().max(),
+        "clip_frac": (clipped > unclipped).float().mean(),
+    }
+    return loss, stats
 
 # ----------------------------------------------------------------------------------------- rollout
 
 def plan_step(step, cfg, rank=0, world=1):
     """Return the keys (step, prompt_index, sample) of this process's samples, B = P G / world.
 
-    The order of all P G samples is that of training, batch_size for each optimizer step: whole
-    groups if batch_size is a multiple of G, else the next batch_size / P images of every prompt,
-    which is DanceGRPO's way. Each process takes an equal, contiguous part of each batch.
+    The order of all P G samples is that of training, S for each optimizer step: whole groups if S
+    is a multiple of G, else the next S / P images of every prompt, which is DanceGRPO's way. Each
+    process takes an equal, contiguous part of each S. With P = 2, G = 4, S = 4 and two processes
+    the order is 0.0 0.1 0.2 0.3, 1.0 1.1 1.2 1.3 (prompt.sample), and the first process has
+    0.0 0.1, 1.0 1.1.
     """
-    P, G, size = cfg.num_prompts, cfg.num_generations, cfg.batch_size
-    chunk = G if size % G == 0 else size // P  # consecutive images of one prompt
-    order = [(step, p, i) for start in range(0, G, chunk) for p in range(P)
-             for i in range(start, start + chunk)]
-    part = size // world
-    starts = range(rank * part, P * G, size)
-    return [key for start in starts for key in order[start:start + part]]
+    P, G, S = cfg.num_prompts, cfg.num_generations, cfg.batch_size
+    in_a_row = G if S % G == 0 else S // P  # consecutive images of one prompt
+    order = []
+    for start in range(0, G, in_a_row):
+        for p in range(P):
+            order += [(step, p, i) for i in range(start, start + in_a_row)]
 
-def draw_latents(keys, shape, cfg):
-    """Draw the initial noise (B, L, C) of each key; shape: latents (c, h, w)."""
-    keys = [(step, p, 0 if cfg.init_same_noise else i) for step, p, i in keys]
-    return pack_latents(torch.stack([randn(shape, cfg.seed, LATENTS, *key) for key in keys]))
-
-def velocity(transformer, x, sigma, text, ids, guidance, bf16):
-    """Return v (B, L, C) in fp32. This is the only call of the transformer; what follows knows it
-    as predict(x, sigma, text).
-
-    x (B, L, C) fp32; sigma (B, 1, 1); text: T5's embeddings (B, N, E) and CLIP's pooled one
-    (B, E'); ids: image_ids (L, 3); guidance: for models that have that input.
-    """
-    prompt_embeds, pooled = text
-    scale = x.new_full((len(x),), guidance) if transformer.config.guidance_embeds else None
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-        v = transformer(
-            hidden_states=x, timestep=sigma.flatten(), guidance=scale, return_dict=False,
-            encoder_hidden_states=prompt_embeds, pooled_projections=pooled,
-            img_ids=ids, txt_ids=ids.new_zeros(prompt_embeds.shape[1], 3))
-    return v[0].float()
+    share = S // world
+    mine = []
+    for start in range(rank * share, P * G, S):
+        mine += order[start:start + share]
+    return mine
 
 def sde_steps(step, cfg):
-    """Return the denoising steps of a GRPO step that are stochastic: all but the last, or a window
-    of them that moves (MixGRPO, Li et al., arXiv 2507.21802). The others are the ODE's."""
+    """Return the range of denoising steps of a GRPO step that are stochastic: all but the last, or
+    a window of them that moves (MixGRPO, Li et al., arXiv 2507.21802). The others are the ODE's."""
     W = cfg.sde_window or cfg.sampling_steps - 1
-    places = cfg.sampling_steps - W
+    positions = cfg.sampling_steps - W
     if cfg.window_shift_every:
-        start = step // cfg.window_shift_every % places
+        start = step // cfg.window_shift_every % positions
     else:
-        start = randperm(places, cfg.seed, WINDOW, step)[0].item()
+        start = randperm(positions, cfg.seed, WINDOW, step)[0].item()
     return range(start, start + W)
 
 def num_train_steps(cfg):
-    """Return K, how many of its SDE steps a sample trains on."""
-    W = cfg.sde_window or cfg.sampling_steps - 1
-    fraction = cfg.timestep_fraction or (1 if cfg.sde_window or W < 8 else 0.6)
-    return max(1, int(fraction * W + 1e-9))  # 0.29 * 100 is below 29
+    """Return K, how many of its W SDE steps a sample trains on.
 
-# sigmas (T+1,); x (B, T, L, C) before each step; x0 (B, L, C) the images; logp (B, T-1)
-Trajectory = namedtuple("Trajectory", "sigmas x x0 logp")
+    timestep_fraction 0 stands for DanceGRPO's 0.6, but for all of them if there are few: a window
+    is chosen to be trained, and 0.6 of the 3 SDE steps of a 4-step model would leave 1.
+    """
+    W = cfg.sde_window or cfg.sampling_steps - 1
+    fraction = cfg.timestep_fraction
+    if fraction == 0:
+        fraction = 1 if cfg.sde_window or W < 8 else 0.6
+    return max(1, int(fraction * W + 1e-9))  # 0.29 * 100 is 28.999...
+
+Trajectory = namedtuple("Trajectory", [
+    "sigmas",  # (T + 1,)
+    "x",  # (B, T, L, C), before each denoising step
+    "x0",  # (B, L, C), the images, as latents
+    "logp",  # (B, T - 1)
+])
 
 @torch.no_grad()
-def rollout(predict, x, text, keys, cfg, eta):
+def rollout(predict, x, text, keys, cfg, eta, window=None):
     """Turn noise x (B, L, C) into images: a Trajectory.
 
-    eta > 0 samples with the SDE inside sde_steps, eta = 0 with the ODE, which needs no keys.
-    keys[i] = (step, prompt_index, sample) seeds the noise of sample i. The last step is
-    deterministic, so its x0 is the image.
+    eta > 0 takes SDE steps inside the window (all but the last, if none is given) and ODE steps
+    outside of it; eta = 0 takes ODE steps alone and needs no keys. keys[i] = (step, prompt_index,
+    sample) names the noise of sample i. The last step is deterministic, so its x0 is the image.
     """
     T = cfg.sampling_steps
-    start = sde_steps(keys[0][0], cfg).start if eta and cfg.init_same_noise else 0
-    if not start:
-        _, states, x0, logp = denoise(predict, x, text, keys, range(T), cfg, eta)
-    else:  # before its window a group is one deterministic path: take it once, then repeat it
-        prompts = [prompt_index for _, prompt_index, _ in keys]
-        distinct = list(dict.fromkeys(prompts))
-        first = [prompts.index(p) for p in distinct]  # the row of each prompt's first sample
-        path = denoise(predict, x[first], [c[first] for c in text], keys, range(start), cfg, eta)
-        x, before, _, logp_before = (c[[distinct.index(p) for p in prompts]] for c in path)
-        _, after, x0, logp_after = denoise(predict, x, text, keys, range(start, T), cfg, eta)
-        states, logp = torch.cat([before, after], 1), torch.cat([logp_before, logp_after], 1)
-    sigmas = torch.tensor(sigma_schedule(T, cfg.shift), device=x.device)
+    sigmas = send(torch.tensor(sigma_schedule(T, cfg.shift)), x.device)
+    if window is None:
+        window = range(T - 1)
+    if eta == 0:
+        window = range(0)
+    denoise_steps = partial(denoise, predict, sigmas=sigmas, window=window, cfg=cfg, eta=eta)
+
+    shared = window.start if cfg.init_same_noise else 0
+    if shared == 0:
+        _, states, x0, logp = denoise_steps(x, text, keys, range(T))
+        return Trajectory(sigmas, states, x0, logp[:, :-1])
+
+    # Before the window the samples of a prompt follow one deterministic path: compute it once.
+    prompts = [prompt_index for _, prompt_index, _ in keys]
+    distinct = list(dict.fromkeys(prompts))
+    first = send(torch.tensor([prompts.index(p) for p in distinct]), x.device)
+    text_of_paths = [c[first] for c in text]
+    path = denoise_steps(x[first], text_of_paths, None, range(shared))
+
+    # From the window on each sample goes its own way.
+    row = send(torch.tensor([distinct.index(p) for p in prompts]), x.device)
+    x, before, _, logp_before = [c[row] for c in path]
+    _, after, x0, logp_after = denoise_steps(x, text, keys, range(shared, T))
+    states = torch.cat([before, after], dim=1)
+    logp = torch.cat([logp_before, logp_after], dim=1)
     return Trajectory(sigmas, states, x0, logp[:, :-1])
 
-def denoise(predict, x, text, keys, steps, cfg, eta):
-    """Take some denoising steps from x (B, L, C), micro_batch samples a call, all in fp32. Returns
-    x after them, the x before each (B, steps, L, C), the last x0 (B, L, C), logp (B, steps)."""
-    window, n, parts = sde_steps(keys[0][0], cfg) if eta else range(0), cfg.micro_batch, []
-    sigmas = torch.tensor(sigma_schedule(cfg.sampling_steps, cfg.shift), device=x.device)
-    for i in range(0, len(x), n):
-        x_t, inputs, states, logps = x[i:i + n], [c[i:i + n] for c in text], [], []
+def denoise(predict, x, text, keys, steps, sigmas, window, cfg, eta):
+    """Take some denoising steps from x (B, L, C), micro_batch samples a call, all in fp32.
+
+    Returns x after them, the x before each of them (B, steps, L, C), the last x0 (B, L, C) and
+    logp (B, steps), which is nan for the steps outside of the window.
+    """
+    results = []
+    for start in range(0, len(x), cfg.micro_batch):
+        rows = slice(start, start + cfg.micro_batch)
+        x_t = x[rows]
+        inputs = [c[rows] for c in text]
+
+        # The noise of all steps is drawn and copied ahead: then nothing waits for the device.
+        stochastic = [t for t in steps if t in window]
+        noise = {}
+        if stochastic:
+            draws = [randn(x.shape[1:], cfg.seed, NOISE, *key, t)
+                     for t in stochastic for key in keys[rows]]
+            draws = send(torch.stack(draws), x.device)
+            noise = dict(zip(stochastic, draws.split(len(x_t))))
+
+        states, logps = [], []
         for t in steps:
             # (b, 1, 1), as in update: equal shapes use equal kernels, and the ratio is exactly 1
-            sigma, sigma_next = (s.expand(len(x_t), 1, 1) for s in sigmas[t:t + 2])
-            v, noise = TAPE.note("velocity", predict(x_t, sigma, inputs)), None
-            if t in window:  # drawn on the host while the device computes v
-                noise = [randn(x.shape[1:], cfg.seed, NOISE, *key, t) for key in keys[i:i + n]]
-                noise = torch.stack(noise).to(x.device)
+            sigma = sigmas[t].expand(len(x_t), 1, 1)
+            sigma_next = sigmas[t + 1].expand(len(x_t), 1, 1)
+            v = predict(x_t, sigma, inputs)
             states.append(x_t)
-            x_t, x0, logp = flux_step(
-                v, x_t, sigma, sigma_next, eta if t in window else 0, cfg.sde, noise)
+            level = eta if t in window else 0
+            x_t, x0, logp = flux_step(v, x_t, sigma, sigma_next, level, cfg.sde, noise.get(t))
             logps.append(logp)
-        parts.append((x_t, torch.stack(states, 1), x0, torch.stack(logps, 1)))
-    return [torch.cat(part) for part in zip(*parts)]
-
-@torch.no_grad()
-def decode(vae, x0, grid, micro_batch):
-    """Decode latents (B, L, C) of a grid (h, w) to images (B, 3, H, W) in [0, 1], rounded to the 8
-    bits of a file, each image at once."""
-    images = []
-    for part in x0.split(micro_batch):
-        z = unpack_latents(part, *grid) / vae.config.scaling_factor + vae.config.shift_factor
-        image = vae.decode(z.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5
-        images.append((image.clamp(0, 1) * 255).round() / 255)
-    return torch.cat(images)
+        results.append((x_t, torch.stack(states, 1), x0, torch.stack(logps, 1)))
+    return [torch.cat(part) for part in zip(*results)]
 
 # ------------------------------------------------------------------------------------------ update
 
 FIRST_RATIO_LIMIT = 1e-5  # of |ρ - 1| before the first optimizer step; right code gives exactly 0
 
-def update(predict, optimizer, trajectory, text, advantages, keys, cfg, reference=None):
-    """Train on a rollout once, an optimizer step for each batch_size samples: a dict of statistics.
+def update(predict, optimizer, trajectory, text, advantages, keys, cfg, reference=None,
+           window=None, useful=None, first_ratio_limit=FIRST_RATIO_LIMIT, report=None):
+    """Train on a rollout once, an optimizer step for each S samples: a dict of statistics.
 
-    advantages (B,). Each sample trains on K of its SDE steps, chosen at random for itself. Only the
-    first optimizer step is on-policy, so its ratio must be 1. A batch whose advantages are 0 in all
-    processes gets no optimizer step. reference: predict of the model that kl_beta keeps the policy
-    close to. The host waits for the device once an optimizer step.
+    advantages (B,). Each sample trains on K of its SDE steps, chosen at random for itself. Only
+    the first optimizer step is on-policy, so its ratio must be 1, else FloatingPointError.
+
+    reference: predict of the model that kl_beta keeps the policy close to. window: as in rollout.
+    useful: for each optimizer step whether any process has an advantage that is not 0; the others
+    are left out. report: called with the statistics of each optimizer step. The host waits for
+    the device once per optimizer step, at its end.
     """
     sigmas, states, _, logp_old = trajectory
-    device, window, K = states.device, sde_steps(keys[0][0], cfg), num_train_steps(cfg)
-    orders = [randperm(len(window), cfg.seed, TRAIN_STEPS, *key)[:K] for key in keys]
-    train_steps = torch.stack(orders).to(device) + window.start  # (B, K)
-    batches = cfg.num_prompts * cfg.num_generations // cfg.batch_size
-    nonzero = torch.stack(gather((advantages.view(batches, -1) != 0).any(1))).any(0).tolist()
-    advantages, results = advantages.to(device), []
-    for batch in torch.arange(len(keys), device=device).view(batches, -1)[nonzero]:
-        totals, ratio_max_dev = torch.zeros(4, device=device), torch.zeros((), device=device)
-        for i in batch.split(cfg.micro_batch):
-            inputs = [c[i] for c in text]
-            for t in train_steps[i].T:  # (b,), one denoising step of each sample
-                x, x_next = states[i, t], states[i, t + 1]
-                sigma, sigma_next = (sigmas[s].view(-1, 1, 1) for s in (t, t + 1))
-                v = TAPE.note("velocity_in_update", predict(x, sigma, inputs))
-                _, _, logp = flux_step(v, x, sigma, sigma_next, cfg.eta, cfg.sde, x_next=x_next)
-                loss, stats = grpo_loss(
-                    logp, logp_old[i, t], advantages[i], cfg.clip_range, cfg.adv_clip_max)
-                kl = torch.zeros((), device=device)
-                if reference:
-                    kl = gaussian_kl(v, reference(x, sigma, inputs), x, sigma, sigma_next, cfg.eta,
-                                     cfg.sde).mean()
-                    loss = loss + cfg.kl_beta * kl
-                count = len(batch) * K  # transitions; FSDP averages gradients over processes
-                (loss * len(i) / count).backward()
-                totals += torch.stack([loss.detach(), stats["ratio"], stats["clip_frac"],
-                                       kl.detach()]) * len(i) / count
-                ratio_max_dev = torch.maximum(ratio_max_dev, stats["ratio_max_dev"])
-        results.append(optimizer_step(optimizer, totals, ratio_max_dev, cfg, first=not results))
-    finite = [stats for stats in results if math.isfinite(stats["grad_norm"])]
-    means = {name: sum(stats[name] for stats in finite) / len(finite) if finite else 0.0
-             for name in ("loss", "ratio", "clip_frac", "kl", "grad_norm")}
-    devs = [stats["ratio_max_dev"] for stats in results] or [0.0]
-    return means | {"updates": len(finite), "skipped": len(results) - len(finite),
-                    "first_ratio_dev": devs[0], "ratio_max_dev": max(devs)}
+    device = states.device
+    K = num_train_steps(cfg)
+    if window is None:
+        window = range(cfg.sampling_steps - 1)
 
-def optimizer_step(optimizer, totals, ratio_max_dev, cfg, first):
-    """Clip the gradient, step unless it is not finite, and return the batch's statistics."""
-    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.max_grad_norm)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor under FSDP
-    names = ("loss", "ratio", "clip_frac", "kl", "grad_norm", "ratio_max_dev")
-    stats = dict(zip(names, torch.stack([*totals, norm, ratio_max_dev]).tolist()))
-    if first and stats["ratio_max_dev"] > FIRST_RATIO_LIMIT and not TAPE.recorded:
+    # Which K of its SDE steps each sample trains on: the first ones of a random order.
+    orders = [randperm(len(window), cfg.seed, TRAIN_STEPS, *key)[:K] for key in keys]
+    train_steps = send(torch.stack(orders) + window.start, device)  # (B, K)
+
+    # The rows of each optimizer step, in the order of plan_step.
+    count = cfg.num_prompts * cfg.num_generations // cfg.batch_size
+    batches = torch.arange(len(keys), device=device).view(count, -1)
+    if useful is None:
+        useful = (advantages.view(count, -1) != 0).any(1).tolist()
+    advantages = send(advantages, device)
+
+    history = []
+    for rows, is_useful in zip(batches, useful):
+        if not is_useful:
+            continue
+        names = ("loss", "ratio", "clip_frac", "kl", "ratio_max_dev")
+        sums = {name: torch.zeros((), device=device) for name in names}  # read at the end only
+        transitions = len(rows) * K
+
+        for part in rows.split(cfg.micro_batch):
+            inputs = [c[part] for c in text]
+
+            for k in range(K):
+                # One transition x -> x_next of each sample, each at its own noise level.
+                t = train_steps[part, k]  # (b,)
+                x, x_next = states[part, t], states[part, t + 1]
+                sigma = sigmas[t].view(-1, 1, 1)
+                sigma_next = sigmas[t + 1].view(-1, 1, 1)
+
+                # How probable does the policy find it now?
+                v = predict(x, sigma, inputs)
+                _, _, logp = flux_step(v, x, sigma, sigma_next, cfg.eta, cfg.sde, x_next=x_next)
+                loss, stats = grpo_loss(logp, logp_old[part, t], advantages[part],
+                                        cfg.clip_range, cfg.adv_clip_max)
+                if reference:
+                    v_reference = reference(x, sigma, inputs)
+                    kl = gaussian_kl(v, v_reference, x, sigma, sigma_next, cfg.eta, cfg.sde)
+                    stats["kl"] = kl.mean().detach()
+                    loss = loss + cfg.kl_beta * kl.mean()
+
+                # The gradient is that of the mean over all transitions of the optimizer step.
+                (loss * len(part) / transitions).backward()
+                stats["loss"] = loss.detach()
+                deviation = stats.pop("ratio_max_dev")
+                sums["ratio_max_dev"] = torch.maximum(sums["ratio_max_dev"], deviation)
+                for name, value in stats.items():
+                    sums[name] += value * len(part) / transitions
+
+        limit = math.inf if history else first_ratio_limit
+        history.append(optimizer_step(optimizer, sums, cfg.max_grad_norm, limit))
+        if report:
+            report(history[-1])
+    return summarize(history)
+
+def optimizer_step(optimizer, sums, max_grad_norm, first_ratio_limit=math.inf):
+    """Clip the gradient, step unless it is not finite, and return the statistics as numbers."""
+    parameters = optimizer.param_groups[0]["params"]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    if hasattr(norm, "full_tensor"):  # a DTensor under FSDP
+        norm = norm.full_tensor()
+    named = sums | {"grad_norm": norm}
+    values = torch.stack([*named.values()]).tolist()  # the one transfer to the host
+    stats = dict(zip(named, values))
+
+    if stats["ratio_max_dev"] > first_ratio_limit:
         raise FloatingPointError(
             f"the first ratio is off by {stats['ratio_max_dev']:.1e}, though the policy is still "
             "that of the rollout: rollout and update compute different velocities (latents rounded "
             "to bf16, dtype, batch size, dropout, kernels: try --deterministic)")
-    TAPE.note("loss", stats["loss"])
-    TAPE.note("grad_norm", stats["grad_norm"])
     if math.isfinite(stats["grad_norm"]):  # one norm for all processes: all of them step, or none
         optimizer.step()
     optimizer.zero_grad()
     return stats
+
+def summarize(history):
+    """Return the means over the optimizer steps that were taken, and the largest deviations of the
+    ratio. Statistics of steps that did not happen are absent."""
+    taken = [stats for stats in history if math.isfinite(stats["grad_norm"])]
+    summary = {"updates": len(taken), "skipped": len(history) - len(taken)}
+    if taken:
+        for name in ("loss", "ratio", "clip_frac", "kl", "grad_norm"):
+            summary[name] = sum(stats[name] for stats in taken) / len(taken)
+    if history:
+        deviations = [stats["ratio_max_dev"] for stats in history]
+        summary["first_ratio_dev"] = deviations[0]
+        summary["ratio_max_dev"] = max(deviations)
+    return summary
 
 # ------------------------------------------------------------------------------------- a GRPO step
 
 def train_step(step, run):
     """Take GRPO step number `step`, from 0. Return scores {reward: (P G,)} and advantages (P G,)
     of all processes, group by group, and the statistics of this process's update."""
-    cfg, policy, G = run.cfg, run.policy, run.cfg.num_generations
+    cfg, policy, tape = run.cfg, run.policy, run.tape
+    G = cfg.num_generations
+    tape.open(step)
+    window = sde_steps(step, cfg)
+
+    # 1. Plan: which samples of which prompts are this process's.
     keys = plan_step(step, cfg, run.rank, run.world)
     prompts = [run.step_prompts[step][prompt_index] for _, prompt_index, _ in keys]
-    TAPE.open(step, keys)
     text = run.text(prompts)
-    x = draw_latents(keys, run.shape, cfg).to(run.device)
-    trajectory = rollout(policy.predict, x, text, keys, cfg, cfg.eta)
+    tape.note("text", *text)
+
+    # 2. Draw the noise that each image starts from.
+    x = send(draw_latents(keys, run.shape, cfg), run.device)
+
+    # 3. Turn it into images, and keep every denoising step.
+    predict = tape.watch(policy.predict)
+    trajectory = rollout(predict, x, text, keys, cfg, cfg.eta, window)
+    tape.note_velocities()
+    tape.note("latents", trajectory.x, trajectory.x0)
+    tape.note("logp", trajectory.logp[:, window.start:window.stop])
+
+    # 4. Decode and score the images.
     images = decode(run.vae, trajectory.x0, run.shape[1:], cfg.micro_batch)
-    TAPE.note("text", *text)
-    TAPE.note("latents", trajectory.x, trajectory.x0)
-    TAPE.note("logp", trajectory.logp[:, list(sde_steps(step, cfg))])
-    images = TAPE.note("images", images)
+    images = tape.note("images", images)  # a replay goes on with the recorded ones
     scores = reward.score(run.rewards, images, prompts, f"step {step + 1}")  # {name: (B,)}
-    TAPE.note("reward", *scores.values())
-    # A group may lie in several processes: gather its scores, and order them by group.
+    tape.note("reward", *scores.values())
+
+    # 5. Compare each image with its group. A group may lie in several processes, so all scores are
+    # gathered and sorted by prompt_index * G + sample: ranks with rows [0 1 4 5] and [2 3 6 7]
+    # give the order [0 1 2 3 4 5 6 7].
     rows = torch.tensor([prompt_index * G + sample for _, prompt_index, sample in keys])
     order = torch.cat(gather(rows)).argsort()
     scores = {name: torch.cat(gather(r))[order] for name, r in scores.items()}  # (P G,)
-    advantages = sum(weight * group_advantages(scores[name], G)
-                     for name, (weight, _) in run.rewards.items() if weight)
-    TAPE.note("advantages", advantages[rows])
-    stats = update(policy.predict, policy.optimizer, trajectory, text, advantages[rows], keys, cfg,
-                   policy.reference)
+    advantages = torch.zeros(len(order))
+    for name, (weight, _) in run.rewards.items():
+        if weight:
+            advantages += weight * group_advantages(scores[name], G)
+    tape.note("advantages", advantages[rows])
+
+    # 6. Train on it. An optimizer step whose advantages are all 0, in all processes, is left out.
+    in_order = [prompt_index * G + sample for _, prompt_index, sample in plan_step(step, cfg)]
+    useful = (advantages[in_order].view(-1, cfg.batch_size) != 0).any(1).tolist()
+    predict = tape.watch(policy.predict)
+    history = []
+    stats = update(predict, policy.optimizer, trajectory, text, advantages[rows], keys, cfg,
+                   policy.reference, window, useful, run.first_ratio_limit, history.append)
+    tape.note_update(history, useful, num_train_steps(cfg))
+    run.refuse_no_finite_gradient(step, history)
     policy.update_ema(cfg.ema_decay)
-    TAPE.close()
+    tape.close()
     return scores, advantages, stats
 
 # The algorithm ends here. What follows loads models, saves, records and draws.
 
+# ------------------------------------------------------------------------------------ FLUX's format
+
+def velocity(transformer, x, sigma, text, ids, guidance, bf16):
+    """Return v (B, L, C) in fp32. This is the only call of the transformer; the algorithm knows it
+    as predict(x, sigma, text).
+
+    x (B, L, C) fp32; sigma (B, 1, 1); text: T5's embeddings (B, N, E) and CLIP's pooled one
+    (B, E'); ids: image_ids (L, 3); guidance: for models that have that input. bf16: the weights
+    that the transformer computes with are bf16, and so are its inputs, as diffusers samples it.
+    """
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    prompt_embeds, pooled = text
+    scale = None
+    if transformer.config.guidance_embeds:
+        scale = x.new_full((len(x),), guidance)
+    v = transformer(
+        hidden_states=x.to(dtype), timestep=sigma.flatten(), guidance=scale,
+        encoder_hidden_states=prompt_embeds.to(dtype), pooled_projections=pooled.to(dtype),
+        img_ids=ids, txt_ids=ids.new_zeros(prompt_embeds.shape[1], 3), return_dict=False)
+    return v[0].float()
+
+def draw_latents(keys, shape, cfg):
+    """Draw the initial noise (B, L, C) of each key; shape: latents (c, h, w)."""
+    draws = []
+    for step, prompt_index, sample in keys:
+        if cfg.init_same_noise:
+            sample = 0  # a group starts from one noise
+        draws.append(randn(shape, cfg.seed, LATENTS, step, prompt_index, sample))
+    return pack_latents(torch.stack(draws))
+
+def pack_latents(z):
+    """(B, c, h, w) -> (B, h/2 * w/2, 4c): each 2x2 patch becomes a token, in FLUX's order."""
+    B, c, h, w = z.shape
+    z = z.reshape(B, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return z.reshape(B, (h // 2) * (w // 2), 4 * c)
+
+def unpack_latents(x, h, w):
+    """(B, h/2 * w/2, 4c) -> (B, c, h, w), the inverse; h and w count latent pixels."""
+    B, _, C = x.shape
+    x = x.reshape(B, h // 2, w // 2, C // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(B, C // 4, h, w)
+
+def image_ids(h, w):
+    """(h/2 * w/2, 3): the position (0, row, column) of each token, for the rotary embedding."""
+    rows, columns = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
+    positions = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1)
+    return positions.view(-1, 3).float()
+
+@torch.no_grad()
+def decode(vae, x0, grid, micro_batch):
+    """Decode latents (B, L, C) of a grid (h, w) to images (B, 3, H, W) in [0, 1], without tiling.
+
+    They are rounded to 8 bits, so that a reward sees what a file of the image would hold.
+    """
+    images = []
+    for part in x0.split(micro_batch):
+        z = unpack_latents(part, *grid)
+        z = z / vae.config.scaling_factor + vae.config.shift_factor
+        image = vae.decode(z.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5
+        images.append((image.clamp(0, 1) * 255).round() / 255)
+    return torch.cat(images)
+
+# ------------------------------------------------------------------------------------------ config
+
+def flag(default, help, low=None, high=None, choices=(), resume="same"):
+    """A field of Config. Its metadata makes --help, checks the value, and says what a run that is
+    resumed, or a replay, may give differently.
+
+    resume: "same", it decides what is sampled, scored and logged, and must be that of the run;
+    "tuned", it tunes the update, and a change is printed; "free", where and how to compute;
+    "local", like free, and a replay does not take it from its record.
+    """
+    metadata = dict(help=help, low=low, high=high, choices=choices, resume=resume)
+    return field(default=default, metadata=metadata)
+
+@dataclass
+class Config:
+    """Every field is a flag. Counts of a GRPO step are totals over all processes."""
+    model: str = flag("tiny", "tiny, or a folder or hub name of FLUX.1 in diffusers format")
+    prompts: str = flag("", "text file in UTF-8, one prompt per line; tiny has 24 of its own")
+    steps: int = flag(300, "GRPO steps: a rollout, its rewards, its update", 1, 10**9,
+                      resume="free")
+    out: str = flag("", "folder for everything the run writes; else runs/<model>", resume="local")
+    lora_rank: int = flag(0, "train LoRA adapters of this rank; 0: all weights", 0, 1024)
+    lora_alpha: float = flag(128.0, "adapters are scaled by lora_alpha / lora_rank", 1e-3, 1e5)
+    device: str = flag("auto", "auto takes an accelerator, if there is one", resume="local",
+                       choices=reward.DEVICES)
+    dtype: str = flag("auto", "auto: bf16 on an accelerator, fp32 on a CPU", resume="free",
+                      choices=("auto", "fp32", "bf16"))
+    compile: bool = flag(False, "compile the blocks: a minute at the start, then faster",
+                         resume="free")
+    gradient_checkpointing: float = flag(1.0, "share of blocks that recompute activations: less "
+                                         "memory, slower", 0, 1, resume="free")
+    attention: str = flag("native", "diffusers' name of an attention backend", resume="free")
+    seed: int = flag(0, "random seed of noise, prompt order, trained steps and adapters",
+                     0, 2**32 - 1)
+
+    reward: str = flag("hps", "hps, clip, pickscore, package.module:function; several with "
+                       "weights: hps:0.7,clip:0.3")
+    hps: str = flag("", "file, or owner/name/file of the hub; else HPS-v2.1 from the hub")
+    hps_arch: str = flag("ViT-H-14", "open_clip's name of its architecture, or a .json file")
+    clip: str = flag("", "file, or owner/name/file of the hub, with weights for the reward clip")
+    clip_arch: str = flag("ViT-H-14", "open_clip's name of its architecture, or a .json file")
+    pickscore: str = flag("yuvalkirstain/PickScore_v1", "folder or hub name of PickScore")
+    reward_fp32: bool = flag(False, "score in fp32 on an accelerator, not in fp16 autocast",
+                             resume="free")
+
+    num_prompts: int = flag(8, "P, prompts of a GRPO step", 1, 10**4)
+    num_generations: int = flag(12, "G, images of a prompt: a group", 2, 10**4)
+    height: int = flag(720, "pixels, a multiple of 16", 16, 8192)
+    width: int = flag(720, "pixels, a multiple of 16", 16, 8192)
+    sampling_steps: int = flag(16, "T, denoising steps; the last is deterministic", 2, 1000)
+    micro_batch: int = flag(2, "largest batch of a transformer call; less saves memory", 1, 10**4,
+                            resume="free")
+    guidance: float = flag(3.5, "guidance input of FLUX.1-dev; other models have none", 0, 1e3)
+    eta: float = flag(0.3, "noise level: more explores more, and blurs more", 1e-6, 10)
+    sde: str = flag("dance", "formula of the SDE step", choices=("dance", "flow", "cps"))
+    sde_window: int = flag(0, "denoising steps in a row that are SDE steps; 0: all", 0, 999)
+    window_shift_every: int = flag(0, "GRPO steps until it moves by one; 0: it is random",
+                                   0, 10**9)
+    shift: float = flag(3.0, "schedule: above 1 takes more steps at high noise", 1e-3, 1e3)
+    init_same_noise: bool = flag(True, "a group starts from one noise; only the SDE varies it")
+    text_length: int = flag(512, "T5 tokens of a prompt; FLUX.1-schnell: at most 256", 1, 512)
+
+    learning_rate: float = flag(1e-5, "AdamW's", 1e-12, 1, resume="tuned")
+    batch_size: int = flag(32, "S, images of an optimizer step", 1, 10**8)
+    clip_range: float = flag(1e-4, "clip range of the ratio; small, as logp is a mean",
+                             1e-9, 1, resume="tuned")
+    timestep_fraction: float = flag(0.0, "share of the SDE steps that an image trains on, at "
+                                    "random; 0: all with sde_window or below 8, else 0.6",
+                                    0, 1, resume="tuned")
+    kl_beta: float = flag(0.0, "weight of the KL divergence from the initial policy", 0, 1e6,
+                          resume="tuned")
+    ema_decay: float = flag(0.0, "decay of the moving average of the weights, which is evaluated "
+                            "and exported; 0: none", 0, 0.99999, resume="tuned")
+    weight_decay: float = flag(1e-4, "AdamW's", 0, 1, resume="tuned")
+    max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm",
+                                1e-9, 1e9, resume="tuned")
+    adv_clip_max: float = flag(5.0, "advantages are clipped to +- this", 1e-3, 1e3,
+                               resume="tuned")
+
+    save_every: int = flag(20, "GRPO steps between checkpoints", 1, 10**9, resume="free")
+    keep_last: int = flag(2, "checkpoints that are kept", 1, 10**9, resume="free")
+    resume: str = flag("auto", "auto: from the last checkpoint in --out; none; or a checkpoint",
+                       resume="local")
+    eval_every: int = flag(20, "GRPO steps between evaluations", 1, 10**9, resume="free")
+    eval_images: int = flag(16, "ODE samples of an evaluation, from the same noise each time",
+                            1, 10**5)
+
+    record: str = flag("", "new folder for every random draw and every stage's results",
+                       resume="local")
+    replay: str = flag("", "such a folder: take its settings and draws, compare every stage",
+                       resume="local")
+    compare: tuple = flag((), "folders of two runs: compare them, and do nothing else",
+                          resume="local")
+    deterministic: bool = flag(False, "deterministic kernels: equal runs give equal bits; slower",
+                               resume="local")
+
+    def __post_init__(self):
+        for f in fields(self):
+            self.check(f)
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            require(value % 16 == 0, f"--{name} {value}: must be a multiple of 16")
+        P, G, S = self.num_prompts, self.num_generations, self.batch_size
+        require(P * G % S == 0 and (S % G == 0 or S % P == 0),
+                f"--batch_size {S}: must divide the {P * G} images of a GRPO step, and be a "
+                f"multiple of num_generations {G} (whole groups) or num_prompts {P}")
+        require(self.sde_window < self.sampling_steps, f"--sde_window {self.sde_window}: must be "
+                f"below sampling_steps {self.sampling_steps}")
+        require(self.sde != "cps" or self.eta <= 1,
+                f"--eta {self.eta}: must be at most 1 with --sde cps, whose noise is sin(eta pi/2)")
+        require(not self.record or not self.replay, f"--record {self.record}: not with --replay")
+        reward.parse_rewards(self.reward)
+
+    def check(self, f):
+        """Refuse a value outside of the limits of its flag; expand ~ in paths."""
+        value = getattr(self, f.name)
+        if isinstance(value, str):
+            value = os.path.expanduser(value)
+            setattr(self, f.name, value)
+        given = f"--{f.name} {value}"
+        if self.replay:
+            given += f" (with --replay {self.replay})"
+        low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
+        require(low is None or low <= value <= high, f"{given}: must be from {low} to {high}")
+        require(not choices or value in choices, f"{given}: must be one of {' '.join(choices)}")
+
+# The groups of --help, each with the first of its flags.
+FLAG_GROUPS = {"model": "model and device", "reward": "reward", "num_prompts": "rollout",
+               "learning_rate": "update", "save_every": "checkpoints and evaluation",
+               "record": "the same numbers on another device"}
+
+def flags(*kinds):
+    """Return the names of the flags whose metadata says one of these about resuming."""
+    return [f.name for f in fields(Config) if f.metadata["resume"] in kinds]
+
 # -------------------------------------------------------------------------------------------- tape
 
 # How far a replay may be from its record: {stage: (measure, limit in fp32, in bf16)}, in the order
-# of a GRPO step. relative: sum of |a - b| over sum of |b|; mean: mean of |a - b|.
+# of a GRPO step. relative: sum of |a - b| over sum of |b|; mean: mean of |a - b|. In fp32 a CPU and
+# an H200 differ by at most 1e-6 on the tiny FLUX; rounding grows with depth, 4 blocks there and 57
+# in FLUX.1-dev, to at most 57 / 4 of that. The limits leave twice as much. A wrong kernel is
+# further off: a rotary embedding that pairs halves gives 8e-2, int(1000 sigma) 1e-2, TF32 1e-3.
 TOLERANCES = dict(
-    text=("relative", 1e-4, 3e-2),  # rounding of 24 layers
-    velocity=("relative", 1e-3, 3e-2),  # of 57 blocks; a wrong rotary embedding gives 8e-2
-    latents=("relative", 1e-3, 3e-2),  # they add up velocities
-    logp=("mean", 1e-5, 1e-5),  # a tenth of the clip range
-    images=("mean", 1 / 255, 1 / 255),  # a grey level, which no eye sees
-    reward=("relative", 1.5e-4, 1.5e-4),  # as in reward.py --against
-    advantages=("relative", 2e-2, 2e-2),  # the reward's error over its std in a group
-    velocity_in_update=("relative", 1e-3, 3e-2),  # as above, with what the optimizer has done
-    loss=("mean", 1e-5, 1e-5),  # as logp, of which it is made
-    grad_norm=("relative", 1e-2, 1e-1))  # rounding of forward and backward
-TAPE_NAMES = re.compile(r"input_latents_\d+_\d+(_\d+)?|(coff|perms)_\d+_\d+|"
-                        rf"({'|'.join(TOLERANCES)})\.\d+")
+    text=("relative", 3e-5, 3e-2),  # 24 layers of T5
+    velocity=("relative", 3e-5, 3e-2),
+    latents=("relative", 3e-5, 3e-2),  # they add up velocities
+    logp=("mean", 1e-6, 1e-5),  # a hundredth, a tenth of the clip range
+    images=("mean", 1e-3, 1 / 255),  # in fp32 a quarter of the 8-bit values may round otherwise
+    reward=("relative", 1.5e-4, 1.5e-4),  # an NPU's GELU alone makes 4e-5; as in reward.py
+    advantages=("relative", 5e-3, 2e-2),  # the reward's error over its std in a group
+    velocity_in_update=("relative", 5e-5, 3e-2),  # as above, and what the optimizer has done
+    loss=("mean", 1e-6, 1e-5),  # as logp, of which it is made
+    grad_norm=("relative", 1e-4, 1e-1))  # rounding of forward and backward
+
+# What a draw is called on the tape: by its key, so that any number of processes finds it.
+DRAWS = {LATENTS: "initial_noise", NOISE: "noise", TRAIN_STEPS: "train_steps", WINDOW: "window"}
+TAPE_NAMES = re.compile(rf"({'|'.join(DRAWS.values())})(_\d+)+|({'|'.join(TOLERANCES)})\.\d+")
 
 class Tape:
-    """Record a step's noise, trained steps and results, or replay those draws and compare results.
+    """Record a run's random draws and the results of every stage, or replay them: take the draws
+    from the record, and compare the results with it.
 
-    A safetensors file for each GRPO step and process. Results are STAGE.NUMBER. Draws have the
-    names that serve to align DanceGRPO's code, with steps from 1 and rows of this process:
-    input_latents_STEP_RANK[_ROW] (1, c, h, w); coff_N_RANK (1, L, C), N = ((STEP - 1) * rows + ROW)
-    * T + t; perms_STEP_RANK (rows, T-1 or the window), the order of the SDE steps; K are trained.
+    A record has config.json and one safetensors file for each GRPO step and process. Draws are
+    initial_noise_STEP_PROMPT_SAMPLE (c, h, w), noise_STEP_PROMPT_SAMPLE_t (L, C),
+    train_steps_STEP_PROMPT_SAMPLE, the order of the SDE steps, of which the first K are trained,
+    and window_STEP. STEP counts from 1, all others from 0; SAMPLE is 0 in initial_noise if a
+    group shares it. Results are STAGE.NUMBER, a row for each sample of the process in the order
+    of plan_step: NUMBER is the denoising step in velocity, the k-th trained one in
+    velocity_in_update, the optimizer step in loss and grad_norm, which are means over processes.
     """
-    file, recorded = None, {}  # off until it is opened
 
-    def start(self, cfg, info, rank):
-        self.cfg, self.rank, self.errors, self.file, self.recorded = cfg, rank, [], None, {}
-        if cfg.record and rank == 0:
-            with bad_input_if_fails(f"--record {cfg.record}: must be a new folder"):
-                Path(cfg.record).mkdir(parents=True)
-            write_json(Path(cfg.record) / "config.json", info)
+    def __init__(self, cfg, rank, world):
+        global on_draw
+        self.cfg, self.rank, self.world = cfg, rank, world
+        self.active = bool(cfg.record or cfg.replay)
+        self.tensors = None  # what is recorded, while a GRPO step is open
+        self.files = []  # those of a replay's step, one for each process of the record
+        self.errors = []  # (step, stage, rank, count, error)
+        on_draw = self.draw if self.active else None
 
-    def open(self, step, keys):
-        """Begin a GRPO step of the samples with these keys."""
-        if self.cfg.record or self.cfg.replay:
-            self.step, self.keys, self.results = step, keys, {}
-            self.file = tape_file(self.cfg.record or self.cfg.replay, step, self.rank)
-            if self.cfg.replay:
-                with bad_input_if_fails(f"--replay {self.file}: must be a whole file of --record"):
-                    self.recorded = load_file(self.file)
-            for name in self.recorded:
-                require(TAPE_NAMES.fullmatch(name), f"--replay {self.file}: nothing reads {name}")
-
-    def draw(self, fresh, seed, purpose, step, prompt_index=0, sample=0, t=0):
-        """Return a draw: fresh, or the recorded one in its place."""
-        if not self.file or purpose not in (LATENTS, NOISE, TRAIN_STEPS):
-            return fresh
-        group = purpose == LATENTS and self.cfg.init_same_noise  # one draw, wherever sample 0 lies
-        row = next(row for row, (_, p, i) in enumerate(self.keys)
-                   if p == prompt_index and (group or i == sample))
-        samples, rank, T = len(self.keys), self.rank, self.cfg.sampling_steps
-        name, count = {
-            LATENTS: (f"input_latents_{step + 1}_{rank}" + f"_{row}" * (row > 0), 1),
-            NOISE: (f"coff_{(step * samples + row) * T + t}_{rank}", 1),
-            TRAIN_STEPS: (f"perms_{step + 1}_{rank}", samples)}[purpose]
+    def open(self, step):
+        """Begin a GRPO step."""
+        if not self.active:
+            return
+        self.step = step
+        self.keys = plan_step(step, self.cfg, self.rank, self.world)
+        self.tensors = {}
+        self.seen = Counter()  # results of each stage so far
         if self.cfg.replay:
-            return self.find(name, (count, *fresh.shape))[row % count].to(fresh.dtype)
-        self.results.setdefault(name, fresh.new_zeros(count, *fresh.shape))[row % count] = fresh
-        return fresh
+            self.read()
 
-    def find(self, name, shape):
-        """Return a recorded tensor; refuse one that is missing or has another shape."""
-        found = tuple(self.recorded[name].shape) if name in self.recorded else "is missing"
-        require(found == tuple(shape),
-                f"--replay {self.file}: {name} {found}: must be {tuple(shape)}")
-        return self.recorded[name]
+    def read(self):
+        """Open the files of a replay's GRPO step, and note whose samples they hold."""
+        paths = tape_files(self.cfg.replay, self.step)
+        self.files = []
+        for rank, path in enumerate(paths):
+            with bad_input_if_fails(f"--replay {path}: must be a whole file of --record"):
+                file = safe_open(path, "pt")
+                names = set(file.keys())
+            for name in names:
+                require(TAPE_NAMES.fullmatch(name), f"--replay {path}: nothing reads {name}")
+            keys = plan_step(self.step, self.cfg, rank, len(paths))
+            self.files.append((file, names, keys))
+
+    def draw(self, draw, key):
+        """Return a random draw: as it is, or the recorded one in its place."""
+        _, purpose, step, *rest = key
+        if self.tensors is None or purpose not in DRAWS:
+            return draw
+        name = "_".join(map(str, [DRAWS[purpose], step + 1, *rest]))
+        if self.cfg.record:
+            self.tensors[name] = draw
+            return draw
+        for file, names, _ in self.files:
+            if name in names:
+                recorded = file.get_tensor(name)
+                self.require_shape(name, recorded.shape, draw.shape)
+                return recorded.to(draw.dtype)
+        raise BadInput(f"--replay {self.cfg.replay}: {name} is missing")
+
+    def require_shape(self, name, found, expected):
+        require(tuple(found) == tuple(expected), f"--replay {self.cfg.replay}: {name} "
+                f"{tuple(found)}: must be {tuple(expected)}")
+
+    def watch(self, predict):
+        """Return predict; while the tape is active, one that also lists its calls."""
+        if not self.active:
+            return predict
+        self.calls = []
+
+        def watched(x, sigma, text):
+            v = predict(x, sigma, text)
+            self.calls.append((sigma.flatten()[0].item(), v.detach().cpu()))
+            return v
+
+        return watched
+
+    def note_velocities(self):
+        """Note the velocities of the rollout, for each denoising step those of all samples."""
+        if not self.active:
+            return
+        by_level = {}
+        for sigma, v in self.calls:
+            by_level.setdefault(sigma, []).append(v)
+        prompts = [prompt_index for _, prompt_index, _ in self.keys]
+        distinct = list(dict.fromkeys(prompts))
+        for parts in by_level.values():
+            v = torch.cat(parts)
+            if len(v) < len(prompts):  # before a window: one path for all samples of a prompt
+                v = v[[distinct.index(p) for p in prompts]]
+            self.note("velocity", v)
+
+    def note_update(self, history, useful, K):
+        """Note the velocities of the update, 0 for samples that were left out, and the statistics
+        of its optimizer steps."""
+        if not self.active:
+            return
+        rows = torch.arange(len(self.keys)).view(len(useful), -1)[torch.tensor(useful)]
+        for k in range(K if history else 0):
+            v = torch.cat([v for _, v in self.calls[k::K]])
+            every = v.new_zeros(len(self.keys), *v.shape[1:])
+            every[rows.flatten()] = v
+            self.note("velocity_in_update", every)
+        for stats in history:
+            losses = gather(stats["loss"])
+            self.note("loss", sum(losses) / len(losses))
+            self.note("grad_norm", stats["grad_norm"])
 
     def note(self, stage, *results):
         """Note a stage's results and return the first; of images the recorded one, so that the
         reward and what follows from it are compared on the same images."""
-        for result in results if self.file else ():
-            name = f"{stage}.{sum(key.startswith(f'{stage}.') for key in self.results)}"
-            result = torch.as_tensor(result).detach().to("cpu", torch.float32, copy=True)
-            self.results[name] = result.contiguous()
-            if name in self.recorded:
-                self.find(name, result.shape)
-        replayed = self.recorded.get(f"{stage}.0") if stage == "images" else None
-        return results[0] if replayed is None else replayed.to(results[0].device)
+        if not self.active:
+            return results[0]
+        for result in results:
+            name = f"{stage}.{self.seen[stage]}"
+            self.seen[stage] += 1
+            value = torch.as_tensor(result).detach().to("cpu", torch.float32, copy=True)
+            self.tensors[name] = value.contiguous()
+            recorded = self.find(name, value)
+            if recorded is not None:
+                self.compare(stage, name, value, recorded)
+                if stage == "images":
+                    return recorded.to(results[0].device)
+        return results[0]
+
+    def find(self, name, value):
+        """Return what the record has for these rows, in their order; None if it has nothing."""
+        rows = {}
+        for file, names, keys in self.files:
+            if name not in names:
+                continue
+            recorded = file.get_tensor(name)
+            if value.dim() == 0:  # one number for all processes
+                return recorded
+            self.require_shape(name, recorded.shape, (len(keys), *value.shape[1:]))
+            rows |= zip(keys, recorded)
+        if not rows:
+            return None
+        return torch.stack([rows[key] for key in self.keys])
+
+    def compare(self, stage, name, value, recorded):
+        """Add a stage's error to the list."""
+        if stage in ("loss", "grad_norm") and not name.endswith(".0"):
+            return  # after the first optimizer step AdamW amplifies which ratios are clipped
+        error = (value - recorded).abs()
+        if TOLERANCES[stage][0] == "mean":
+            measure = error.mean()
+        else:
+            measure = error.sum() / recorded.abs().sum().clamp(min=1e-30)
+        place = list(TOLERANCES).index(stage)
+        self.errors.append((self.step, place, self.rank, error.numel(), measure.item()))
 
     def close(self):
-        """End a GRPO step: write it, or compare it with the recorded one."""
-        if self.file and self.cfg.record:
-            with atomic_write(self.file) as path:
-                save_file(self.results, path)
-        for name, theirs in self.recorded.items():
-            stage, _, number = name.partition(".")
-            if stage not in TOLERANCES or stage in ("loss", "grad_norm") and number != "0":
-                continue  # after the first optimizer step AdamW amplifies which ratios are clipped
-            error = (self.results.get(name, theirs * math.nan) - theirs).abs()
-            measure = error.mean() if TOLERANCES[stage][0] == "mean" else (
-                error.sum() / theirs.abs().sum().clamp(min=1e-30))
-            self.errors.append((self.step, list(TOLERANCES).index(stage), self.rank, error.numel(),
-                                measure.item()))
-        self.file, self.recorded = None, {}
+        """End a GRPO step: write it, or look for recorded results that were not computed."""
+        if not self.active:
+            return
+        if self.cfg.record:
+            with atomic_write(tape_file(self.cfg.record, self.step, self.rank)) as path:
+                save_file(self.tensors, path)
+        for _, names, _ in self.files:
+            for name in names - self.tensors.keys():
+                stage, _, number = name.partition(".")
+                if number and stage not in ("loss", "grad_norm"):
+                    place = list(TOLERANCES).index(stage)
+                    self.errors.append((self.step, place, self.rank, 0, math.nan))
+        self.tensors = None
 
     def verdict(self):
-        """Return the table of a replay over all processes as text; its last line is OK or OFF."""
-        errors, off = sum(gather(self.errors), []), []
+        """Print the table of a replay over all processes; return whether all stages are OK."""
+        errors = list(itertools.chain(*gather(self.errors)))
+        off = []
         lines = ["stage                     count       worst     allowed"]
-        for i, (stage, (measure, *limits)) in enumerate(TOLERANCES.items()):
-            rows, limit = [row for row in errors if row[1] == i], limits[self.cfg.dtype == "bf16"]
-            off += (wrong := [row for row in rows if not row[-1] <= limit])  # nan is OFF, too
+        for place, (stage, (measure, fp32, bf16)) in enumerate(TOLERANCES.items()):
+            limit = bf16 if self.cfg.dtype == "bf16" else fp32
+            rows = [row for row in errors if row[1] == place]
+            wrong = [row for row in rows if math.isnan(row[-1]) or row[-1] > limit]
+            off += wrong
             word = "OFF" if wrong else "OK" if rows else "not recorded"
-            count, worst = sum(row[3] for row in rows), max([row[4] for row in rows], default=0)
+            count = sum(row[3] for row in rows)
+            worst = max((row[4] for row in rows), default=0)
             lines.append(f"{stage:18}{count:13}{worst:12.1e}{limit:12.1e} {measure:9}{word}")
         if off:
-            step, i, rank, *_ = min(off)
-            lines.append(f"first OFF: step {step + 1}, rank {rank}, stage {list(TOLERANCES)[i]}; "
-                         "later stages inherit its error")
-        word = "OFF" if off else "OK" if errors else "without results to compare"
-        return "\n".join([*lines, f"replay {word}"])
+            step, place, rank, *_ = min(off)
+            lines.append(f"first OFF: step {step + 1}, rank {rank}, stage "
+                         f"{list(TOLERANCES)[place]}; later stages inherit its error")
+        if self.rank == 0:
+            print(*lines, f"replay {'OFF' if off else 'OK'}", sep="\n")
+        return not off
 
 def tape_file(folder, step, rank):
     return Path(folder) / f"step_{step + 1:05d}_rank_{rank}.safetensors"
+
+def tape_files(folder, step):
+    """Return the files of a recorded GRPO step, in the order of its processes."""
+    files = []
+    while tape_file(folder, step, len(files)).exists():
+        files.append(tape_file(folder, step, len(files)))
+    return files
 
 def read_record(folder):
     """Return a record's settings, and the prompts of its GRPO steps."""
     types = {f.name: f.type for f in fields(Config)}
     with bad_input_if_fails(f"--replay {folder}: must be a folder of --record, or like one"):
         info = json.loads((Path(folder) / "config.json").read_text())
-        unknown = sorted(info.keys() - types.keys() - {"machine", "versions", "step_prompts"})
+        step_prompts = info.pop("step_prompts", None) or []
+        unknown = sorted(info.keys() - types.keys() - NOT_FLAGS)
         require(not unknown, f"nothing reads {' '.join(unknown)}")
         settings = {name: types[name](value) for name, value in info.items()
-                    if name in types and name not in MACHINE_LOCAL}
-    return settings, info.get("step_prompts") or []
+                    if name in flags("same", "tuned", "free")}
+    return settings, step_prompts
 
-TAPE = Tape()
+def check_record(cfg, step_prompts, world):
+    """Refuse a record that cannot be replayed."""
+    files = [tape_files(cfg.replay, step) for step in range(cfg.steps)]
+    counts = {len(paths) for paths in files}
+    require(len(counts) == 1 and 0 not in counts,
+            f"--replay {cfg.replay}: must have the files of all processes for each of --steps "
+            f"{cfg.steps}")
+    require(cfg.batch_size % counts.pop() == 0, f"--replay {cfg.replay}: the number of its "
+            f"processes, {len(files[0])}, must divide batch_size {cfg.batch_size}")
+    require([len(prompts) for prompts in step_prompts[:cfg.steps]] == [cfg.num_prompts] * cfg.steps,
+            f"--replay {cfg.replay}: its config.json must have step_prompts, {cfg.num_prompts} "
+            f"prompts for each of {cfg.steps} steps")
+    with bad_input_if_fails(f"--replay {files[0][0]}: must be a whole file of --record"):
+        names = safe_open(files[0][0], "pt").keys()
+    require(any("." in name for name in names),
+            f"--replay {cfg.replay}: has draws alone, no results to compare with")
 
 # --------------------------------------------------------------------------------------- processes
 
@@ -633,64 +976,121 @@ def init_distributed(name):
         backend = f"cpu:gloo,{device.type}:{backend}"
     with bad_input_if_fails("RANK is set, but not all of torchrun's variables: unset it, or use "
                             "torchrun"):
-        dist.init_process_group(backend)
-    return device, dist.get_rank(), dist.get_world_size()
+        store, rank, world = next(dist.rendezvous("env://"))
+    # torchrun keeps one store over restarts: without a prefix a process would connect to the
+    # addresses that an earlier attempt has left there (pytorch#167288).
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt_{attempt}", store)
+    # An hour: the others wait while the first process downloads and encodes.
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                            timeout=timedelta(hours=1))
+    return device, rank, world
 
 def gather(item):
     """Return the item of every process, in the order of their ranks; all wait for all."""
-    items = [item]
-    if dist.is_initialized():
-        dist.all_gather_object(items := [None] * dist.get_world_size(), item)
+    if not dist.is_initialized():
+        return [item]
+    items = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
     return items
 
-def shard(transformer, device, dtype):
-    """Apply FSDP2: over the processes of a machine; machines replicate, and average gradients."""
-    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 0))
-    sizes = (world // local, local) if local and world > local else (world,)
-    names = ("replicate", "shard")[-len(sizes):]
+def shard(transformer, device, dtype, keep_gathered=True):
+    """Apply FSDP2: over the processes of a machine; machines replicate, and average gradients.
+
+    keep_gathered: a block is gathered once for all calls up to the next optimizer step, not at
+    each of them: FLUX.1-dev on 8 ranks then moves 58 GiB a GRPO step and not 1,979.
+    """
+    world = dist.get_world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if world > local:
+        sizes, names = (world // local, local), ("replicate", "shard")
+    else:
+        sizes, names = (world,), ("shard",)
     mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=names)
     precision = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # only read here
-    for part in [*transformer.transformer_blocks, *transformer.single_transformer_blocks,
-                 transformer]:
-        fully_shard(part, mesh=mesh, mp_policy=precision)
-    transformer.set_reshard_after_forward(False)  # a block is gathered once for all calls up to
-    transformer.set_reshard_after_backward(False)  # the next optimizer step, not at each of them
+    for part in [*blocks(transformer), transformer]:
+        fully_shard(part, mesh=mesh, mp_policy=precision, reshard_after_forward=not keep_gathered)
+    transformer.set_reshard_after_backward(not keep_gathered)
 
 # ------------------------------------------------------------------------------------------ models
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # the linear layers that get adapters: those of attention and feed-forward in every block
-LORA_TARGETS = (r".*blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
-                r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)")
+LORA_TARGETS = re.compile(
+    r".*blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+    r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)")
+
+def blocks(transformer):
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 def read_model_config(model):
     """Return the transformer's config; refuse a pipeline that is not FLUX.1's text-to-image."""
-    kind = diffusers.FluxPipeline.load_config(model)["_class_name"]
-    config = diffusers.FluxTransformer2DModel.load_config(model, subfolder="transformer")
-    require(kind == "FluxPipeline", f"it is a {kind}, must be a FluxPipeline")
-    require("quantization_config" not in config,
-            "its weights are quantized, training needs the original ones")
+    with bad_input_if_fails(
+            f"--model {model}: must be tiny, or a folder or hub name of FLUX.1 for diffusers, its "
+            "licence accepted (`hf auth login`), its files whole (`git lfs pull`)"):
+        kind = diffusers.FluxPipeline.load_config(model)["_class_name"]
+        config = diffusers.FluxTransformer2DModel.load_config(model, subfolder="transformer")
+        require(kind == "FluxPipeline", f"it is a {kind}, must be a FluxPipeline")
+        require("quantization_config" not in config,
+                "its weights are quantized, training needs the original ones")
     return config
 
-def load_transformer(cfg, device):
+class LoraLinear(torch.nn.Module):
+    """A frozen linear layer with a low-rank update: y = W x + b + alpha / rank · B A x, where B
+    starts at 0 (Hu et al., arXiv 2106.09685). Two matrix products more, and no other kernel."""
+
+    def __init__(self, base, rank, alpha):
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = torch.nn.Linear(base.in_features, rank, bias=False)
+        self.lora_B = torch.nn.Linear(rank, base.out_features, bias=False)
+        torch.nn.init.zeros_(self.lora_B.weight)
+        self.scale = alpha / rank
+        self.enabled = True  # the reference model of kl_beta is the one without adapters
+
+    def forward(self, x):
+        y = self.base_layer(x)
+        if not self.enabled:
+            return y
+        low = self.lora_A(x).flatten(0, -2)
+        low_rank_sum = torch.addmm(
+            y.flatten(0, -2), low, self.lora_B.weight.T, alpha=self.scale)
+        return low_rank_sum.view_as(y)
+
+def add_adapters(transformer, rank, alpha, seed):
+    """Freeze a transformer and give adapters in fp32 to its LORA_TARGETS."""
+    transformer.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, layer in list(transformer.named_modules()):
+            if LORA_TARGETS.fullmatch(name):
+                parent, _, child = name.rpartition(".")
+                adapted = LoraLinear(layer, rank, alpha)
+                setattr(transformer.get_submodule(parent), child, adapted)
+
+def load_transformer(cfg, device, trained=True):
     """Load the transformer: all weights in fp32, or frozen ones in cfg.dtype and fp32 adapters.
 
     Several processes shard it with FSDP2: each keeps a part of the weights, and of the mean of all
-    gradients. One process reads the weights, the others build meta tensors.
+    gradients. One process reads the weights, the others build meta tensors. A model that is not
+    trained, the reference of kl_beta, is freed again block by block after each call.
     """
-    dtype, weights = DTYPES[cfg.dtype] if cfg.lora_rank else torch.float32, {}
+    dtype = DTYPES[cfg.dtype] if cfg.lora_rank else torch.float32
+    weights = {}
     if not dist.is_initialized() or dist.get_rank() == 0:
         loaded = prepare_policy(diffusers.FluxTransformer2DModel.from_pretrained(
             cfg.model, subfolder="transformer", dtype=dtype, use_safetensors=True), cfg)
         weights = loaded.state_dict()
     if not dist.is_initialized():
         return loaded.to(device)
+
     config = read_model_config(cfg.model)
     with torch.device("meta"):
         transformer = diffusers.FluxTransformer2DModel.from_config(config).to(dtype)
-        shard(prepare_policy(transformer, cfg), device, DTYPES[cfg.dtype])
+        prepare_policy(transformer, cfg)
+        shard(transformer, device, DTYPES[cfg.dtype], keep_gathered=trained)
     transformer.to_empty(device=device)
     set_model_state_dict(transformer, weights, options=StateDictOptions(
         full_state_dict=True, broadcast_from_rank0=True))
@@ -699,28 +1099,69 @@ def load_transformer(cfg, device):
 def prepare_policy(transformer, cfg):
     """Add adapters, gradient checkpointing, an attention backend and compilation, as cfg says."""
     if cfg.lora_rank:
-        from peft import LoraConfig  # takes seconds
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(cfg.seed)
-            transformer.add_adapter(LoraConfig(  # which freezes all else
-                r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=LORA_TARGETS))
-        for p in trained_parameters(transformer).values():
-            p.data = p.data.float()
-    share, blocks = cfg.gradient_checkpointing, [
-        *transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    if chosen := {id(b) for i, b in enumerate(blocks) if int((i + 1) * share) > int(i * share)}:
-        transformer.enable_gradient_checkpointing(
-            lambda block, *inputs: checkpoint(block, *inputs, use_reentrant=False)
-            if id(block) in chosen else block(*inputs))
+        add_adapters(transformer, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+
+    # Spread the blocks that recompute their activations evenly: share 0.5 takes every second one.
+    share, chosen = cfg.gradient_checkpointing, []
+    for i, block in enumerate(blocks(transformer)):
+        if int((i + 1) * share) > int(i * share):
+            chosen.append(id(block))
+
+    def call(block, *inputs):
+        if id(block) in chosen:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    if chosen:
+        transformer.enable_gradient_checkpointing(call)
     if cfg.attention != "native":
-        with bad_input_if_fails(f"--attention {cfg.attention}: diffusers cannot use it here"):
-            transformer.set_attention_backend(cfg.attention)
+        transformer.set_attention_backend(cfg.attention)
     if cfg.compile:
         transformer.compile_repeated_blocks()
     return transformer
 
 def trained_parameters(transformer):
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+
+def fp32_masters(parameters):
+    """Turn parameters to bf16, and return fp32 masters of them, which the optimizer moves.
+
+    The model computes with the bf16 ones; each backward adds their gradients to the masters' in
+    fp32. FSDP does the same by itself.
+    """
+    masters = {}
+    for name, p in parameters.items():
+        master = p.detach().clone()
+        p.data = p.data.bfloat16()
+
+        def move_gradient(p, master=master):
+            if master.grad is None:
+                master.grad = p.grad.float()
+            else:
+                master.grad += p.grad
+            p.grad = None
+
+        p.register_post_accumulate_grad_hook(move_gradient)
+        masters[name] = master
+    return masters
+
+def one_graph(predict, size):
+    """Return a predict that runs one compiled graph in all of its calls, that of training.
+
+    inductor compiles a graph without gradients differently, and one of another batch size, and
+    they round differently: the first ratio would not be 1. So every call has gradients, which are
+    thrown away if nobody wants them, and as many rows as a micro-batch.
+    """
+    def predict_padded(x, sigma, text):
+        count = len(x)
+        if count < size:
+            rows = torch.arange(size, device=x.device).clamp(max=count - 1)
+            x, sigma, text = x[rows], sigma[rows], [c[rows] for c in text]
+        with torch.enable_grad():
+            v = predict(x, sigma, text)[:count]
+        return v if torch.is_grad_enabled() else v.detach()
+
+    return predict_padded
 
 @contextmanager
 def dcp_errors():
@@ -735,157 +1176,202 @@ class Policy:
     policy's, for kl_beta), and moving averages of its weights (for ema_decay)."""
 
     def __init__(self, cfg, grid, device):  # grid: (h, w) of latents
-        self.transformer, self.reference = load_transformer(cfg, device), None
-        self.parameters = trained_parameters(self.transformer)
-        inputs = dict(ids=image_ids(*grid).to(device), guidance=cfg.guidance,
-                      bf16=cfg.dtype == "bf16")
+        self.transformer = load_transformer(cfg, device)
+        self.attention = cfg.attention
+        bf16 = cfg.dtype == "bf16"
+        inputs = dict(ids=image_ids(*grid).to(device), guidance=cfg.guidance, bf16=bf16)
         self.predict = partial(velocity, self.transformer, **inputs)
+        if cfg.compile:
+            self.predict = one_graph(self.predict, cfg.micro_batch)
+
+        # parameters: what the optimizer moves. computing: what the model computes with.
+        self.computing = trained_parameters(self.transformer)
+        self.parameters = self.computing
+        if bf16 and not dist.is_initialized():
+            self.parameters = fp32_masters(self.computing)
         # fused makes no temporary copies of all weights, which would set the peak of memory
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
-        self.optimizer.register_step_pre_hook(lambda *_: self.reshard())
+        self.optimizer.register_step_pre_hook(lambda *_: self.check_gradients())
+        self.optimizer.register_step_post_hook(lambda *_: self.pass_on_weights())
         for p in self.parameters.values():  # as AdamW's first step would; a checkpoint needs them
             self.optimizer.state[p] = dict(step=torch.zeros((), device=p.device),
                                            exp_avg=torch.zeros_like(p),
                                            exp_avg_sq=torch.zeros_like(p))
-        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()
-                         if cfg.ema_decay}
+        self.averages = {}
+        if cfg.ema_decay:
+            for name, p in self.parameters.items():
+                self.averages[name] = p.detach().clone()
+
+        self.reference = None
         if cfg.kl_beta and cfg.lora_rank:
             self.reference = self.predict_without_adapters
         elif cfg.kl_beta:
-            initial = load_transformer(cfg, device).requires_grad_(False)
+            initial = load_transformer(cfg, device, trained=False).requires_grad_(False)
+            if bf16 and not dist.is_initialized():
+                initial.bfloat16()
             self.reference = partial(velocity, initial, **inputs)
 
     @torch.no_grad()
     def predict_without_adapters(self, *batch):
-        self.transformer.disable_adapters()
+        adapted = [layer for layer in self.transformer.modules() if isinstance(layer, LoraLinear)]
+        for layer in adapted:
+            layer.enabled = False
         v = self.predict(*batch)
-        self.transformer.enable_adapters()
+        for layer in adapted:
+            layer.enabled = True
         return v
 
-    def reshard(self):
-        """Free the gathered weights, as the sharded ones are about to change."""
-        for part in self.transformer.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
+    def check_gradients(self):
+        """Refuse an attention kernel without a backward: what is behind it would stay untrained."""
+        missing = [name for name, p in self.parameters.items() if p.grad is None]
+        require(not missing, f"--attention {self.attention}: {len(missing)} of "
+                f"{len(self.parameters)} trained parameters got no gradient, such as "
+                f"{missing[:1]}: this attention has no backward; choose another, such as native")
+
+    @torch.no_grad()
+    def pass_on_weights(self):
+        """Let the model compute with weights that have changed: round masters to bf16, and free
+        what FSDP has gathered of the old ones."""
+        if self.parameters is not self.computing:
+            torch._foreach_copy_(list(self.computing.values()), list(self.parameters.values()))
+        reshard(self.transformer)
+
+    def steps_taken(self):
+        """Return the number of optimizer steps since the start, those before a resume as well."""
+        return int(next(iter(self.optimizer.state.values()))["step"])
 
     def update_ema(self, decay):
         """Move the averages towards the weights: mean += (1 - decay) (weight - mean)."""
         for name, mean in self.averages.items():
             mean.lerp_(self.parameters[name].detach(), 1 - decay)
 
+    def exchange_averages(self):
+        for name, mean in self.averages.items():
+            weight = self.parameters[name].detach()
+            kept = weight.clone()
+            weight.copy_(mean)
+            mean.copy_(kept)
+        self.pass_on_weights()
+
     @contextmanager
     def ema_weights(self):
         """Exchange the weights for their moving averages, if there are any, inside the block."""
-        def exchange():
-            self.reshard()
-            for name, mean in self.averages.items():
-                weight = self.parameters[name].detach()
-                kept = weight.clone()
-                weight.copy_(mean)
-                mean.copy_(kept)
-
-        exchange()
-        yield
-        exchange()
+        self.exchange_averages()
+        try:
+            yield
+        finally:
+            self.exchange_averages()
 
     def state(self):
         """Return {name: tensor} of the weights, their averages, and AdamW's state."""
         state = {f"average.{name}": mean for name, mean in self.averages.items()}
         for name, p in self.parameters.items():
             state[f"weights.{name}"] = p.detach()
-            state |= {f"moments.{name}.{key}": x for key, x in self.optimizer.state[p].items()}
+            for key, x in self.optimizer.state[p].items():
+                state[f"moments.{name}.{key}"] = x
         return state
 
     def save(self, folder, rank):
-        """Write a checkpoint atomically, as safetensors: torch's own pickles can run code."""
+        """Write a checkpoint atomically, as safetensors: torch's own pickles can run code. Its
+        manifest, written last, has the names and sizes of all files."""
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may be
+        tensors = {name: x.detach().cpu() for name, x in self.state().items()}
         with atomic_write(folder, rank) as work, dcp_errors():
-            dcp.save({name: x.detach().cpu() for name, x in self.state().items()},
-                     storage_writer=dcp.HuggingFaceStorageWriter(work, save_distributed=True),
-                     no_dist=not dist.is_initialized())
+            writer = dcp.HuggingFaceStorageWriter(work, save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+            if rank == 0:
+                write_json(work / "manifest.json", file_sizes(work))
 
     def load(self, folder):
         """Load a checkpoint, whatever number of processes wrote it."""
         with bad_input_if_fails(f"--resume {folder}: is not of this policy"), dcp_errors():
             dcp.load(self.state(), storage_reader=dcp.HuggingFaceStorageReader(folder),
                      no_dist=not dist.is_initialized())
+        self.pass_on_weights()
 
     def export(self, cfg, folder, rank):
         """Write what diffusers reads: a LoRA for FluxPipeline.load_lora_weights, or the model."""
         weights = {}
         for name, p in self.parameters.items():
             full = p.full_tensor() if hasattr(p, "full_tensor") else p  # every process takes part
-            weights |= {name: full.detach().cpu()} if rank == 0 else {}
-        if rank:
+            if rank == 0:
+                weights[name] = full.detach().cpu()
+        if rank > 0:
             return
         with atomic_write(folder) as work:
             if cfg.lora_rank:  # many readers take alpha for the rank: fold the scale into B
-                scale = cfg.lora_alpha / cfg.lora_rank
-                diffusers.FluxPipeline.save_lora_weights(work, {
-                    name.replace(".default", ""): p * scale if "lora_B" in name else p
-                    for name, p in weights.items()})
+                for name in weights:
+                    if "lora_B" in name:
+                        weights[name] = weights[name] * (cfg.lora_alpha / cfg.lora_rank)
+                diffusers.FluxPipeline.save_lora_weights(work, weights)
             else:
                 with torch.device("meta"):  # FSDP has renamed the class of the trained one
                     model = diffusers.FluxTransformer2DModel.from_config(self.transformer.config)
                 model.load_state_dict(weights, assign=True)
                 model.save_pretrained(work / "transformer")
 
+def reshard(transformer):
+    """Free the weights that FSDP has gathered."""
+    for part in transformer.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
 # ----------------------------------------------------------------------------------------- the run
 
 class Run:
     """What all GRPO steps share: models, rewards {name: (weight, function)}, step_prompts (P for
-    each step), shape (c, h, w) of latents, out (the folder that all is written to)."""
+    each step), shape (c, h, w) of latents, out (the folder that everything is written to)."""
 
     def __init__(self, cfg, prompts, out, device, rank, world):
         self.out, self.device, self.rank, self.world = out, device, rank, world
-        (self.step_prompts, self.eval_prompts), self.board = prompts, None
+        self.step_prompts, self.eval_prompts = prompts
+        self.board = None  # TensorBoard's writer
         if cfg.dtype == "auto":
             cfg = replace(cfg, dtype="bf16" if reward.is_accelerator(device) else "fp32")
+        reward.check_attention(cfg.attention, device, DTYPES[cfg.dtype], cfg.deterministic)
         if cfg.model == "tiny":
             cfg = replace(cfg, **tiny_models(cfg))
-        part = cfg.batch_size // world  # rollout and update use equal micro-batches
-        cfg = replace(cfg, micro_batch=max(
-            n for n in range(1, min(part, cfg.micro_batch) + 1) if part % n == 0))
-        self.rewards = {name: (weight, reward.load_reward(
-            name, getattr(cfg, name, ""), getattr(cfg, f"{name}_arch", ""), device,
-            cfg.reward_fp32)) for name, weight in reward.parse_rewards(cfg.reward).items()}
-        with bad_input_if_fails(
-                f"--model {cfg.model}: must be tiny, or a folder or hub name of FLUX.1 for "
-                "diffusers, its licence accepted (`hf auth login`), its files whole (`git lfs "
-                "pull`) and without a variant such as fp16"):
+        cfg = replace(cfg, micro_batch=equal_micro_batch(cfg, world))
+
+        self.rewards = {}
+        for name, weight in reward.parse_rewards(cfg.reward).items():
+            source, arch = getattr(cfg, name, ""), getattr(cfg, f"{name}_arch", "")
+            function = reward.load_reward(name, source, arch, device, cfg.reward_fp32)
+            self.rewards[name] = weight, function
+        with model_errors(cfg.model):
             config = read_model_config(cfg.model)
             if not config["guidance_embeds"]:  # FLUX.1-schnell takes shorter texts
                 cfg = replace(cfg, text_length=min(cfg.text_length, 256))
-            self.cfg, self.text_files = cfg, self.encode_prompts(cfg)
+            self.cfg = cfg
+            self.text_files = self.encode_prompts(cfg)
             self.vae = diffusers.AutoencoderKL.from_pretrained(
                 cfg.model, subfolder="vae", dtype=DTYPES[cfg.dtype], use_safetensors=True)
             self.vae.to(device).requires_grad_(False)
             pixels = 2 ** (len(self.vae.config.block_out_channels) - 1)  # a side of a latent pixel
             self.shape = config["in_channels"] // 4, cfg.height // pixels, cfg.width // pixels
             self.policy = Policy(cfg, self.shape[1:], device)
+        self.tape = Tape(cfg, rank, world)
+        self.first_ratio_limit = math.inf if cfg.replay else FIRST_RATIO_LIMIT
 
     @torch.no_grad()
     def encode_prompts(self, cfg):
-        """Embed the prompts of the run, once, by its first process: {prompt: file in out/text}."""
+        """Embed the prompts of the run, once, by its first process: {prompt: file in out/.text}."""
         diffusers.logging.set_verbosity_error()  # else it prints what it cuts, whatever that holds
-        files, folder = {}, self.out / "text"
-        for prompt in [*self.eval_prompts, *sum(self.step_prompts[:cfg.steps], [])]:
-            about = f"{cfg.model} {cfg.text_length} {cfg.dtype} {prompt}"
-            name = hashlib.sha256(about.encode()).hexdigest()[:32]
-            files[prompt] = folder / f"{name}.safetensors"
+        files, folder = {}, self.out / ".text"
+        for prompt in itertools.chain(self.eval_prompts, *self.step_prompts[:cfg.steps]):
+            if prompt not in files:
+                about = f"{cfg.model} {cfg.text_length} {cfg.dtype} {prompt}"
+                name = hashlib.sha256(about.encode()).hexdigest()[:32]
+                files[prompt] = folder / f"{name}.safetensors"
         missing = [prompt for prompt, file in files.items() if not file.exists()]
         if self.rank == 0 and missing:
             folder.mkdir(exist_ok=True)
             pipe = diffusers.FluxPipeline.from_pretrained(
                 cfg.model, transformer=None, vae=None, scheduler=None, dtype=DTYPES[cfg.dtype],
                 use_safetensors=True).to(self.device)
-            for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder),
-                                       (pipe.tokenizer_2, pipe.text_encoder_2)):
-                size = encoder.config.vocab_size
-                require(0.9 * size <= len(tokenizer) <= size,  # it loads without its files
-                        f"a tokenizer has {len(tokenizer)} tokens, its encoder {size}: files of it "
-                        "are missing")
+            check_tokenizer(pipe.tokenizer, pipe.text_encoder)
+            check_tokenizer(pipe.tokenizer_2, pipe.text_encoder_2)
             lengths = map(len, pipe.tokenizer_2(missing, truncation=False).input_ids)
             if long := sum(length > cfg.text_length for length in lengths):
                 print(f"{long} of {len(missing)} prompts are cut to {cfg.text_length} tokens")
@@ -900,69 +1386,99 @@ class Run:
     def text(self, prompts):
         """Return T5's embeddings (B, N, E) and CLIP's pooled ones (B, E')."""
         texts = {prompt: load_file(self.text_files[prompt]) for prompt in dict.fromkeys(prompts)}
-        return tuple(torch.stack([texts[prompt][name] for prompt in prompts]).to(self.device)
-                     for name in ("embeds", "pooled"))
+        both = []
+        for name in ("embeds", "pooled"):
+            rows = torch.stack([texts[prompt][name] for prompt in prompts])
+            both.append(send(rows, self.device))
+        return tuple(both)
+
+    def refuse_no_finite_gradient(self, step, history):
+        """Raise FloatingPointError if no optimizer step of a GRPO step had a finite gradient."""
+        if self.cfg.replay or not history or any(
+                math.isfinite(stats["grad_norm"]) for stats in history):
+            return
+        loss = "finite" if all(math.isfinite(stats["loss"]) for stats in history) else "not finite"
+        taken = self.policy.steps_taken()
+        causes = "the attention kernel (try --attention _native_math), the precision (try --dtype "\
+                 "fp32)"
+        if taken:
+            causes += ", weights that have diverged (try a lower --learning_rate)"
+        raise FloatingPointError(
+            f"the gradient was not finite in any of the {len(history)} optimizer steps of GRPO "
+            f"step {step + 1}, after {taken} earlier ones; the loss, and so the forward, was "
+            f"{loss}. Likely causes, in this order: {causes}")
 
     def label(self, scores):
         """Name scores for metrics: "reward" if just one is trained; by name, if there are more."""
         trained = [name for name, (weight, _) in self.rewards.items() if weight]
-        labels = {"reward": scores[trained[0]]} if len(trained) == 1 else {}
-        return labels | (scores if len(scores) > 1 else {})
+        labels = {}
+        if len(trained) == 1:
+            labels["reward"] = scores[trained[0]]
+        if len(scores) > 1:
+            labels |= scores
+        return labels
 
     def evaluate(self, step):
-        """Sample held-out noise with the ODE, always the same, and return the mean scores; the
+        """Sample held-out noise with the ODE, the same each time, and return the mean scores; the
         processes share the work. In the tiny world a judge looks, too."""
         cfg, count = self.cfg, self.cfg.eval_images
-        part = math.ceil(count / self.world)
-        mine = [i % count for i in range(self.rank * part, (self.rank + 1) * part)]
+        share = math.ceil(count / self.world)
+        mine = [i % count for i in range(self.rank * share, (self.rank + 1) * share)]
         prompts = [self.eval_prompts[i % len(self.eval_prompts)] for i in mine]
-        x = pack_latents(torch.stack([randn(self.shape, 0, HELD_OUT, i) for i in mine]))
-        x, text = x.to(self.device), self.text(prompts)
+        noise = torch.stack([randn(self.shape, 0, HELD_OUT, i) for i in mine])
+        x = send(pack_latents(noise), self.device)
         with self.policy.ema_weights():
-            x0 = rollout(self.policy.predict, x, text, None, cfg, eta=0).x0
+            x0 = rollout(self.policy.predict, x, self.text(prompts), None, cfg, eta=0).x0
         images = decode(self.vae, x0, self.shape[1:], cfg.micro_batch)
+
         scores = reward.score(self.rewards, images, prompts, f"the evaluation of step {step}")
-        values = {"held_out" if name == "reward" else f"held_out_{name}": score
-                  for name, score in self.label(scores).items()}
-        if set(self.eval_prompts) <= set(reward.TINY_PROMPTS):
+        values = {}
+        for name, score in self.label(scores).items():
+            values["held_out" if name == "reward" else f"held_out_{name}"] = score
+        if images.shape[2:] == (32, 32) and set(prompts) <= set(reward.TINY_PROMPTS):
             values |= reward.judge_tiny(images, prompts, self.rewards)
-        shown = torch.cat(gather(images[:24].cpu()))[:24]
-        if self.rank == 0:  # rows of four, each 96 to 360 pixels wide
-            scale = min(max(shown.shape[-1], 96), 360) / shown.shape[-1]
-            shown = F.interpolate(shown, scale_factor=scale, mode="nearest-exact")
-            with atomic_write(self.out / "images" / f"step_{step:05d}.png") as path:
-                save_image(shown, path, nrow=4, format="png")
+        shown = torch.cat(gather(images[:24].cpu()))[:min(24, count)]
+        if self.rank == 0:
+            self.save_images(shown, step)
         return {name: round(torch.cat(gather(value))[:count].mean().item(), 6)
                 for name, value in values.items()}
+
+    def save_images(self, images, step):
+        """Write images in rows of four, each 96 to 360 pixels wide."""
+        width = images.shape[-1]
+        scale = min(max(width, 96), 360) / width
+        images = F.interpolate(images, scale_factor=scale, mode="nearest-exact")
+        with atomic_write(self.out / "images" / f"step_{step:05d}.png") as path:
+            save_image(images, path, nrow=4, format="png")
 
     def metrics(self, step, scores, advantages, stats):
         """Return the line of metrics.jsonl: means over all processes; the largest of deviations."""
         G, line = self.cfg.num_generations, {}
         for name, r in self.label(scores).items():
-            line |= {name: r.mean(), f"{name}_std": r.view(-1, G).std(1).mean()}
+            line[name] = r.mean()
+            line[f"{name}_std"] = r.view(-1, G).std(1).mean()
         line["zero_std_frac"] = (advantages.view(-1, G) == 0).all(1).float().mean()
         every = gather(stats)
         for name in stats:
             values = [each[name] for each in every]
             line[name] = max(values) if name.endswith("_dev") else sum(values) / len(values)
-        return {"step": step} | {name: float(f"{value:.7g}") for name, value in line.items()}
+        return {"step": step} | {name: seven_digits(value) for name, value in line.items()}
 
     def open(self, info, done):
         """Clear what a kill has left, write config.json, and keep the metrics up to step `done`."""
-        for name in ("images", "checkpoints"):
-            (self.out / name).mkdir(exist_ok=True)
-        for leftover in [*self.out.glob("**/.writing-*"), *self.out.glob("**/.old-*"),
-                         self.out / "before_after.png"]:
-            remove(leftover)
-        write_json(self.out / "config.json", info)
+        folders = [self.out, self.out / "images", self.out / "checkpoints"]
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+            for leftover in [*folder.glob(".writing-*"), *folder.glob(".old-*")]:
+                remove(leftover)
+        remove(self.out / "before_after.png")
         kept = [line for line in read_metrics(self.out) if done and line["step"] <= done]
+        write_json(self.out / "config.json", info)
         with atomic_write(self.out / "metrics.jsonl") as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        try:
+        with suppress(Exception):  # it is optional, and a broken installation can raise anything
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(self.out / "tensorboard", purge_step=done + 1)
-        except Exception as error:  # it is optional, and a broken installation can raise anything
-            print(printable(f"no TensorBoard: {error}"))
 
     def write(self, line):
         """Append a line to metrics.jsonl; after an evaluation draw the curves."""
@@ -970,42 +1486,117 @@ class Run:
             return
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
-        for name, value in line.items() if self.board else ():
-            self.board.add_scalar(name, value, line["step"])
+        if self.board:
+            for name, value in line.items():
+                self.board.add_scalar(name, value, line["step"])
         if any("held_out" in name for name in line):
             plot(self.out / "reward.png", [self.out])
 
-def plot(path, folders, *pictures):
-    """Plot pictures of evaluations, files of these runs, and the curves of the runs beside them."""
+    def finish(self):
+        """Draw the pictures of the first and last evaluation and the curves between them."""
+        remove(self.out / ".text")
+        images = self.out / "images"
+        pictures = {"before": images / "step_00000.png",
+                    f"after {self.cfg.steps} GRPO steps": images / f"step_{self.cfg.steps:05d}.png"}
+        words = None
+        if self.eval_prompts == reward.TINY_PROMPTS and self.cfg.eval_images >= 24:
+            words = list(reward.COLORS), list(reward.SHAPES)
+        plot(self.out / "before_after.png", [self.out], pictures, words)
+        print(f"look at {self.out}/before_after.png; for diffusers: {self.out}/export")
+
+def seven_digits(value):
+    return float(f"{value:.7g}")
+
+def equal_micro_batch(cfg, world):
+    """Return the largest number up to --micro_batch that divides a process's part of S: rollout and
+    update then use the same one in every call."""
+    part = cfg.batch_size // world
+    fitting = [n for n in range(1, min(part, cfg.micro_batch) + 1) if part % n == 0]
+    return fitting[-1]
+
+def model_errors(model):
+    """Turn errors of loading a model into one line about --model."""
+    return bad_input_if_fails(
+        f"--model {model}: must be tiny, or a folder or hub name of FLUX.1 for diffusers, its "
+        "licence accepted (`hf auth login`), its files whole (`git lfs pull`) and without a "
+        "variant such as fp16")
+
+def check_tokenizer(tokenizer, encoder):
+    """Refuse a tokenizer whose files are missing: transformers makes up an empty one."""
+    size = encoder.config.vocab_size
+    require(0.9 * size <= len(tokenizer) <= size, f"a tokenizer has {len(tokenizer)} tokens, its "
+            f"encoder {size}: files of it are missing")
+
+# ------------------------------------------------------------------------------- metrics and plots
+
+# What a curve is called in README's tables, where that is not the metric's name.
+CURVES = {"held_out": "held-out reward", "accuracy": "right prompt, by HPS",
+          "right_colour": "right colour, by the judge", "right_shape": "right shape, by the judge",
+          "right_both": "both, by the judge"}
+
+def plot(path, folders, pictures={}, words=None):
+    """Draw pictures {title: file} of evaluations and, beside them, the curves of some runs. words:
+    those of the pictures' rows and columns."""
+    backend = os.environ.get("MPLBACKEND")
     os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may be missing in this process
     from matplotlib.figure import Figure
     from matplotlib.image import imread
-    pictures = {file: imread(file) for file in pictures if file.exists()}
-    height = max([4.5, *(4 * len(image) / len(image[0]) + 0.4 for image in pictures.values())])
-    figure = Figure((4 * len(pictures) + 5, height), layout="constrained", dpi=120)
-    *panels, axes = figure.subplots(1, len(pictures) + 1, squeeze=False)[0]
-    for panel, (file, image) in zip(panels, pictures.items()):
+    os.environ.pop("MPLBACKEND")
+    if backend:
+        os.environ["MPLBACKEND"] = backend
+
+    images = {title: imread(file) for title, file in pictures.items() if file.exists()}
+    height = 4.5
+    for image in images.values():
+        height = max(height, 4 * image.shape[0] / image.shape[1] + 0.5)
+    figure = Figure((4.2 * len(images) + 5, height), layout="constrained", dpi=120)
+    *panels, axes = figure.subplots(1, len(images) + 1, squeeze=False)[0]
+
+    for panel, (title, image) in zip(panels, images.items()):
         panel.imshow(image)
-        panel.set_title(f"{file.parent.parent}, step {int(file.stem[5:])}", parse_math=False)
-        panel.axis("off")
+        panel.set_title(title, parse_math=False)
+        panel.set(xticks=[], yticks=[], frame_on=False)
+        if words:
+            rows, columns = words
+            panel.set_xticks(middles(image.shape[1], len(columns)), columns)
+            panel.set_yticks(middles(image.shape[0], len(rows)), rows)
+            panel.tick_params(length=0)
+
     for folder in folders:
-        lines = read_metrics(folder)
-        for name in dict.fromkeys(
-                name for line in lines for name in line  # rewards, and all of an evaluation alone
-                if f"{name}_std" in line or "loss" not in line and name != "step"):
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            label = f"{name} of {folder}" if len(folders) > 1 else name
-            axes.plot(*zip(*points), ".-", label=label, zorder=-len(points))  # evaluations on top
+        draw_curves(axes, folder, f" of {folder}" if len(folders) > 1 else "")
     axes.set_xlabel("GRPO step")
     axes.legend(frameon=False)
     with atomic_write(path) as work:
         figure.savefig(work, format="png")
 
+def middles(length, count):
+    """Return the middles of `count` equal parts of a length."""
+    return [length * (i + 0.5) / count for i in range(count)]
+
+def draw_curves(axes, folder, suffix):
+    """Draw what was evaluated as lines, and behind them the reward of each GRPO step, pale."""
+    lines = read_metrics(folder)
+    names = dict.fromkeys(name for line in lines for name in line)
+    for name in names:
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        label = CURVES.get(name, name) + suffix
+        if f"{name}_std" in names:
+            axes.plot(*zip(*points), lw=0.6, alpha=0.4, label=label, zorder=1)
+        elif name.startswith("held_out") or name in CURVES:
+            axes.plot(*zip(*points), lw=1.2, label=label, zorder=2)
+
 def read_metrics(out):
-    """Return the whole lines of metrics.jsonl; a kill may have cut off the last one."""
+    """Return the lines of metrics.jsonl as dicts; a kill may have cut off the last one."""
     path = Path(out) / "metrics.jsonl"
-    *lines, _ = path.read_text().split("\n") if path.exists() else [""]
-    return [json.loads(line) for line in lines]
+    if not path.exists():
+        return []
+    *whole, _ = path.read_text().split("\n")
+    lines = []
+    for number, line in enumerate(whole, 1):
+        if line.strip():
+            with bad_input_if_fails(f"{path}, line {number}: must be JSON"):
+                lines.append(json.loads(line))
+    return lines
 
 def write_json(path, value):
     with atomic_write(path) as work:
@@ -1013,26 +1604,165 @@ def write_json(path, value):
 
 def compare_runs(*folders):
     """Print the rewards of two runs side by side, draw compare.png into the second, and return
-    whether their means over every ten steps, and over all, are within 5 % of each other."""
-    with bad_input_if_fails(f"--compare {' '.join(folders)}: must be the folders of two runs with "
-                            "rewards and steps in common"):
-        runs = [{line["step"]: line for line in read_metrics(folder) if "loss" in line}
-                for folder in folders]
-        steps = sorted(runs[0].keys() & runs[1].keys())
-        names = [key for key in runs[0][steps[0]] if f"{key}_std" in runs[1][steps[0]]]
-        table = np.array([[[run[step][key] for step in steps] for run in runs] for key in names])
-    worst = 0.0
+    whether their means over every ten steps, and over all, are within 5 % of each other. Where the
+    mean is near 0, that is 5 % of the reward's standard deviation within a group."""
+    a, b = folders
+    runs = []
+    for folder in folders:
+        lines = [line for line in read_metrics(folder) if "loss" in line]
+        runs.append({line["step"]: line for line in lines})
+    steps = sorted(runs[0].keys() & runs[1].keys())
+    names = []
+    for name in runs[0][steps[0]] if steps else []:
+        if f"{name}_std" in runs[1][steps[0]]:
+            names.append(name)
+    require(names, f"--compare {a} {b}: must be the folders of two runs with rewards and steps in "
+            "common")
+
+    ok = True
     print("reward            steps           A         B  difference")
-    for name, rows in zip(names, table):
-        for part in [*(slice(i, i + 10) for i in range(0, len(steps), 10)), slice(None)]:
-            a, b = rows[:, part].mean(1)
-            worst = max(worst, abs(b / a - 1))
-            print(f"{printable(name):12}{steps[part][0]:5} to {steps[part][-1]:5}{a:12.4f}{b:10.4f}"
-                  f"{b / a - 1:+12.2%}")
-    plot(Path(folders[1]) / "compare.png", folders, *(
-        max(Path(f, "images").glob("*.png"), default=Path(f, "none")) for f in folders))
-    print(f"look at {folders[1]}/compare.png\ncompare {'OK' if worst <= 0.05 else 'OFF'}")
-    return worst <= 0.05
+    tens = [steps[i:i + 10] for i in range(0, len(steps), 10)]
+    for name in names:
+        for part in [*tens, steps]:
+            mean_a, mean_b, std = (np.mean([run[step][key] for step in part]) for run, key in (
+                (runs[0], name), (runs[1], name), (runs[0], f"{name}_std")))
+            difference = (mean_b - mean_a) / max(abs(mean_a), std)
+            ok = ok and abs(difference) <= 0.05  # False if it is not finite
+            print(f"{printable(name):12}{part[0]:5} to {part[-1]:5}{mean_a:12.4f}{mean_b:10.4f}"
+                  f"{difference:+12.2%}")
+    left_out = len(runs[0].keys() ^ runs[1].keys())
+    print(f"{len(steps)} steps compared, {left_out} that only one of them has left out")
+
+    pictures = {}
+    for folder in folders:
+        for file in sorted(Path(folder, "images").glob("step_*.png"))[-1:]:
+            pictures[f"{folder}, step {int(file.stem[5:])}"] = file
+    plot(Path(b) / "compare.png", folders, pictures)
+    print(f"look at {b}/compare.png\ncompare {'OK' if ok else 'OFF'}")
+    return ok
+
+# -------------------------------------------------------------------------- checkpoints and resume
+
+# what config.json holds beside the flags
+NOT_FLAGS = {"machine", "versions", "fingerprints"}
+# the flags that may name files, which are compared by what they hold
+FILE_FLAGS = ("model", "prompts", "hps", "hps_arch", "clip", "clip_arch", "pickscore")
+
+def fingerprint(name):
+    """Return a hash of a file or of all files in a folder: names, sizes and the last 16 MB of each.
+    So a moved model is recognised. What is neither, such as a name of the hub, stands for itself.
+    """
+    path = Path(name)
+    if not name or name == "tiny" or not path.exists():
+        return name
+    files = [path] if path.is_file() else sorted(path.rglob("[!.]*"))
+    digest = hashlib.sha256()
+    for file in files:
+        if not file.is_file() or "/." in str(file.relative_to(path)):
+            continue
+        size = file.stat().st_size
+        inside = file.relative_to(path).as_posix()  # "." for a single file
+        digest.update(f"{inside} {size}\n".encode())
+        with file.open("rb") as opened:
+            opened.seek(max(0, size - 2**24))
+            digest.update(opened.read())
+    return digest.hexdigest()[:16]
+
+def describe_run(cfg, device):
+    """Return what config.json holds."""
+    packages = ("torch", "diffusers", "transformers", "open_clip_torch", "numpy", "pillow")
+    info = asdict(cfg)
+    info["machine"] = reward.describe_device(device)
+    info["versions"] = {name: version(name) for name in packages}
+    info["fingerprints"] = {name: fingerprint(getattr(cfg, name)) for name in FILE_FLAGS}
+    return info
+
+def read_run_config(out):
+    """Return config.json of a run in a folder; None if it has none."""
+    path = Path(out) / "config.json"
+    if not path.exists():
+        return None
+    with bad_input_if_fails(f"--out {out}: its config.json must be that of a run"):
+        then = json.loads(path.read_text())
+        require("num_generations" in then, "it is not")
+    return then
+
+def check_out(out):
+    """Refuse a folder with anything that a run has not made."""
+    if not out.is_dir() or read_run_config(out):
+        return
+    own = ("lock", ".text", ".writing-", ".old-")  # of a run that was killed while it began
+    others = sorted(path.name for path in out.iterdir() if not path.name.startswith(own))
+    require(not others, f"--out {out}: must be new, empty or hold a run's config.json, but holds "
+            f"{' '.join(others[:3])}")
+
+def checkpoints(out):
+    """Return the folders of a run's checkpoints, from first to last."""
+    folders = []
+    for path in Path(out, "checkpoints").glob("step_*"):
+        if path.name[5:].isdecimal():  # some may be a user's copies
+            folders.append(path)
+    return sorted(folders, key=step_of)
+
+def step_of(folder):
+    """Return the number of the GRPO step after which a checkpoint was written."""
+    return int(folder.name.removeprefix("step_"))
+
+def file_sizes(folder):
+    return {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+
+def find_checkpoint(cfg, out):
+    """Return the checkpoint to continue from, or None; refuse one that is not whole."""
+    own = checkpoints(out)
+    if not own and cfg.resume in ("auto", "none"):
+        refuse_to_overwrite(out)
+        return None
+    require(not own or cfg.resume != "none",
+            f"--resume none: {out} holds a run; remove it, or give another --out")
+    folder = own[-1] if own else Path(cfg.resume)
+    require(Path(cfg.resume).resolve() not in [path.resolve() for path in own[:-1]],
+            f"--resume {cfg.resume}: {out} has gone on to {folder}; give that, or another --out")
+    with bad_input_if_fails(f"--resume {cfg.resume}: must be auto, none, or a whole checkpoint "
+                            f"such as RUN/checkpoints/step_00020, which {folder} is not"):
+        step = step_of(folder)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        found = file_sizes(folder)
+        for name, size in manifest.items():
+            require(found.get(name) == size, f"{name} has {found.get(name, 'no')} bytes of {size}")
+        require((folder.parent.parent / "config.json").exists(), "its run's config.json is gone")
+    require(cfg.steps >= step,
+            f"--steps {cfg.steps}: must be at least {step}, where {folder} continues from")
+    return folder
+
+def refuse_to_overwrite(out):
+    """Refuse a run whose checkpoints somebody has removed: the same command would begin anew."""
+    lines = read_metrics(out)
+    if not lines:
+        return
+    had_checkpoint = lines[-1]["step"] > read_run_config(out)["save_every"]
+    require(not had_checkpoint and not (out / "export").exists(),
+            f"--out {out}: holds a run without its checkpoints, which would be overwritten; remove "
+            "it, or give another --out")
+
+def check_same_experiment(cfg, folder):
+    """Refuse to resume another experiment than the checkpoint's. Return the flags of the update
+    that have changed since, as text."""
+    then = read_run_config(folder.parent.parent)
+    changes = []
+    for f in fields(Config):
+        kind = f.metadata["resume"]
+        ours, theirs = getattr(cfg, f.name), f.type(then.get(f.name, f.default))
+        equal = ours == theirs
+        if f.name in then.get("fingerprints", {}):
+            equal = fingerprint(ours) == then["fingerprints"][f.name]
+        if equal or kind in ("free", "local"):
+            continue
+        unknown_average = f.name == "ema_decay" and not (ours and theirs)
+        require(kind == "tuned" and not unknown_average,
+                f"--{f.name} {ours}: must be {theirs or '(not given)'}, with the same content, as "
+                f"in the run of {folder}; or give another --out")
+        changes.append(f"{f.name} {theirs} -> {ours}")
+    return ", ".join(changes)
 
 # --------------------------------------------------------------------------------------- tiny FLUX
 
@@ -1055,10 +1785,11 @@ def tiny_models(cfg):
                     with atomic_write(folder) as work:
                         build_tiny(work)
     gather(None)  # the others wait for it
-    settings, arch = {"model": str(folder / "flux")}, str(folder / "hps" / "tiny-clip.json")
+    settings = {"model": str(folder / "flux")}
     for name in ("hps", "clip"):
         if not getattr(cfg, name):
-            settings |= {name: str(folder / "hps" / f"{name}.pt"), f"{name}_arch": arch}
+            settings[name] = str(folder / "hps" / f"{name}.pt")
+            settings[f"{name}_arch"] = str(folder / "hps" / "tiny-clip.json")
     return settings
 
 def build_tiny(folder):
@@ -1149,32 +1880,45 @@ def build_tiny_flux(pipe, images, labels):
 
 # -------------------------------------------------------------------------------------------- main
 
-# settings of a run's machine and of its own files, which a replay does not take from its record
-MACHINE_LOCAL = ("device", "out", "resume", "record", "replay", "compare", "deterministic")
-
 def read_command_line(argv):
     """Return Config from flags, and for --replay the prompts of each recorded GRPO step."""
-    require(__doc__, "PYTHONOPTIMIZE 2 or python -OO: must be lower, diffusers needs docstrings")
-    about, *parts = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
-        "grpo_flux.py", "grpo_flux.py [--flag value ...]", about, "".join(parts[-2:-1]),
-        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        "grpo_flux.py", "grpo_flux.py [--flag value ...]", __doc__.partition("\n\n")[0],
+        "README.md explains them all.", allow_abbrev=False)
     parser.error = lambda message: reward.exit_with_error(f"{message}; see --help")
-    kinds = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(nargs=2, metavar="RUN")}
     for f in fields(Config):
-        kind = kinds.get(f.type, dict(type=f.type, metavar=f.type.__name__.upper()))
-        help, low, high, choices = f.metadata.values()
-        notes = [*choices, f"default {f.default}" * (f.default not in ("", ())),
-                 f"tiny {TINY.get(f.name)}" * (f.name in TINY),
-                 f"{low} to {high}" * (low is not None)]
-        notes = f" ({', '.join(filter(None, notes))})" if any(notes) else ""
-        parser.add_argument(f"--{f.name}", **kind, default=argparse.SUPPRESS,
-                            help=f"{help}{notes}".replace("%", "%%"))
-    given, step_prompts = vars(parser.parse_args(argv)), []
+        if f.name in FLAG_GROUPS:
+            group = parser.add_argument_group(FLAG_GROUPS[f.name])
+        kind = dict(type=f.type, metavar=f.type.__name__.upper())
+        if f.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif f.type is tuple:
+            kind = dict(nargs=2, metavar="RUN")
+        group.add_argument(f"--{f.name}", **kind, default=argparse.SUPPRESS, help=explain_flag(f))
+    given = vars(parser.parse_args(argv))
+
+    step_prompts = []
     if "replay" in given:
-        settings, step_prompts = read_record(given["replay"])
+        settings, step_prompts = read_record(os.path.expanduser(given["replay"]))
         given = settings | given
-    return Config(**(TINY if given.get("model", "tiny") == "tiny" else {}) | given), step_prompts
+    defaults = TINY if given.get("model", "tiny") == "tiny" else {}
+    return Config(**defaults | given), step_prompts
+
+def explain_flag(f):
+    """Return the line of --help about a flag: its help, choices, default, and limits that a person
+    could leave."""
+    notes = list(f.metadata["choices"])
+    if f.default not in ("", ()):
+        notes.append(f"default {f.default}")
+    if f.name in TINY:
+        notes.append(f"tiny {TINY[f.name]}")
+    low, high = f.metadata["low"], f.metadata["high"]
+    if high is not None and low < high <= 1024:
+        notes.append(f"{low} to {high}")
+    text = f.metadata["help"]
+    if notes:
+        text += f" ({', '.join(notes)})"
+    return text.replace("%", "%%")
 
 def check_inputs(cfg, step_prompts, world):
     """Refuse what cannot work before a model is loaded; return the P prompts of each GRPO step,
@@ -1184,53 +1928,28 @@ def check_inputs(cfg, step_prompts, world):
             f"the number of processes, {world}")
     require(not cfg.record or not Path(cfg.record).exists(),
             f"--record {cfg.record}: must be a new folder")
+    if cfg.replay:
+        check_record(cfg, step_prompts, world)
+    else:
+        require(cfg.prompts or cfg.model == "tiny",
+                "--prompts (not given): must be a text file with one prompt per line")
+    if cfg.model != "tiny":
+        with model_errors(cfg.model):
+            read_model_config(cfg.model)
     for name in reward.parse_rewards(cfg.reward):
         if ":" in name:
             reward.load_reward(name)
+        elif cfg.model != "tiny" or getattr(cfg, name):
+            reward.check_weights(f"--{name}", getattr(cfg, name))
     if cfg.replay:
-        last, other = (tape_file(cfg.replay, *at) for at in ((steps - 1, world - 1), (0, world)))
-        require(last.exists() and not other.exists(), f"--replay {cfg.replay}: must be of as many "
-                f"processes, {world}, and have --steps {steps}")
-        require([len(prompts) for prompts in step_prompts[:steps]] == [P] * steps,
-                f"--replay {cfg.replay}: its config.json must have step_prompts, {P} prompts for "
-                f"each of {steps} steps")
         return step_prompts, step_prompts[0]
-    require(cfg.prompts or cfg.model == "tiny",
-            "--prompts (not given): must be a text file with a prompt a line")
+
     prompts = reward.read_prompts(cfg.prompts) if cfg.prompts else reward.TINY_PROMPTS
-    order = [prompts[i] for epoch in range(math.ceil(steps * P / len(prompts)))
-             for i in randperm(len(prompts), cfg.seed, PROMPTS, epoch).tolist()]  # shuffled anew
+    order = []  # shuffled anew in each epoch
+    for epoch in range(math.ceil(steps * P / len(prompts))):
+        shuffled = randperm(len(prompts), cfg.seed, PROMPTS, epoch).tolist()
+        order += [prompts[i] for i in shuffled]
     return [order[i * P:(i + 1) * P] for i in range(steps)], prompts[:cfg.eval_images]
-
-def checkpoints(out):
-    """Return the folders of a run's checkpoints, from first to last."""
-    folders = Path(out, "checkpoints").glob("step_*")  # some may be a user's copies
-    return sorted((path for path in folders if path.name[5:].isdecimal()),
-                  key=lambda path: int(path.name[5:]))
-
-def find_checkpoint(cfg, out):
-    """Return the folder to go on from, or None; refuse one that is broken or of another policy."""
-    own = checkpoints(out)
-    if cfg.replay or not own and cfg.resume in ("auto", "none"):
-        return None
-    folder = own[-1] if own else Path(cfg.resume)
-    require(not own or cfg.resume != "none",
-            f"--resume none: {out} holds a run; remove it, or give another --out")
-    require(Path(cfg.resume).resolve() not in [path.resolve() for path in own[:-1]],
-            f"--resume {cfg.resume}: {out} has gone on to {folder}; give that, or another --out")
-    with bad_input_if_fails(f"--resume {cfg.resume}: must be auto, none, or a whole folder such as "
-                            f"RUN/checkpoints/step_00020, which {folder} is not"):
-        step = int(folder.name.removeprefix("step_"))
-        for file in [*folder.glob("*.safetensors")] or [folder / "*.safetensors"]:
-            safe_open(file, "pt").__enter__()  # is it as long as its header says?
-        then = json.loads((folder.parent.parent / "config.json").read_text())
-    for name in ("model", "lora_rank", "lora_alpha", "seed"):
-        ours, theirs = getattr(cfg, name), then.get(name)
-        require(Path(str(ours)).name == Path(str(theirs)).name,  # folders can move
-                f"--{name} {ours}: must be {theirs}, as in the run of {folder}")
-    require(cfg.steps >= step,
-            f"--steps {cfg.steps}: must be at least {step}, where {folder} goes on from")
-    return folder
 
 @contextmanager
 def stop_signals():
@@ -1242,80 +1961,136 @@ def stop_signals():
         for known in before:
             signal.signal(known, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        number = getattr(signal, name)
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             before[number] = signal.signal(number, note)
     try:
         yield received
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: not installed by Python
+            signal.signal(number, handler)
 
 def train(run, info, checkpoint):
     """Train from the checkpoint, or from the start, to the last step; save, evaluate and export."""
-    cfg, out, policy, bad = run.cfg, run.out, run.policy, 0
-    done = int(checkpoint.name[5:]) if checkpoint else 0
+    cfg, out, policy = run.cfg, run.out, run.policy
+    done = step_of(checkpoint) if checkpoint else 0
     if checkpoint:
         policy.load(checkpoint)
     if run.rank == 0:
         run.open(info, done)
-    P, G, K = cfg.num_prompts, cfg.num_generations, num_train_steps(cfg)
-    if run.rank == 0:
-        print(f"a GRPO step: {P} prompts x {G} images, {K} of {cfg.sampling_steps} denoising steps "
-              f"trained, {P * G * K} transitions; {P * G // cfg.batch_size} optimizer steps, "
-              f"{cfg.batch_size / (P * G):.0%} on-policy\n{len(run.text_files)} prompts, the "
-              f"first: {printable(run.eval_prompts[0][:80])}", flush=True)
+        print_plan(run)
+
+    silent = 0  # GRPO steps in a row in which no group had two different rewards
     with stop_signals() as received, tqdm(
             total=cfg.steps, initial=done, desc="GRPO", unit="step", disable=run.rank > 0,
             dynamic_ncols=True) as bar:
         if done == 0:
             run.write({"step": 0} | run.evaluate(0))
         for step in range(done + 1, cfg.steps + 1):
-            scores, advantages, stats = train_step(step - 1, run)
-            line = run.metrics(step, scores, advantages, stats)
+            begin = time.monotonic()
+            line = run.metrics(step, *train_step(step - 1, run))
+            if cfg.compile and run.rank == 0 and step == done + 1:
+                bar.write(f"the first GRPO step took {time.monotonic() - begin:.0f} s, with "
+                          "compilation")
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 line |= run.evaluate(step)
             run.write(line)
-            bar.set_postfix_str(" ".join(f"{name} {line[name]:.3g}" for name in (
-                *run.label(scores), "ratio", "clip_frac", "grad_norm")), refresh=False)
+            bar.set_postfix_str(progress(line), refresh=False)
             bar.update()
-            bad = bad + 1 if stats["skipped"] else 0
-            if bad == 3:
-                raise FloatingPointError(f"the gradient was not finite in steps {step - 2} to "
-                                         f"{step}; a lower --learning_rate may help")
+
+            silent = silent + 1 if line["zero_std_frac"] == 1 else 0
+            if silent == 3 and run.rank == 0:
+                bar.write(f"warning: in GRPO steps {step - 2} to {step} all images of a prompt had "
+                          "equal rewards, so nothing was trained")
             stop = any(gather(bool(received)))
             if step % cfg.save_every == 0 or step == cfg.steps or stop:
                 policy.save(out / "checkpoints" / f"step_{step:05d}", run.rank)
-                for folder in checkpoints(out)[:-cfg.keep_last] if run.rank == 0 else ():
-                    remove(folder)
+                if run.rank == 0:
+                    remove_old_checkpoints(out, cfg.keep_last)
             if stop:
                 sys.exit(130 if signal.SIGINT in received else 0)
+
+    if policy.steps_taken() == 0:
+        raise FloatingPointError("no optimizer step was taken, as all images of a prompt had equal "
+                                 "rewards in every GRPO step: nothing was trained or exported")
     with policy.ema_weights():
         policy.export(cfg, out / "export", run.rank)
     if run.rank == 0:
-        remove(out / "text")
-        plot(out / "before_after.png", [out], *(
-            out / "images" / f"step_{step:05d}.png" for step in (0, cfg.steps)))
-        print(f"look at {out}/before_after.png; for diffusers: {out}/export")
+        run.finish()
+
+def print_plan(run):
+    """Print what a GRPO step of this run is."""
+    cfg = run.cfg
+    P, G, S, K = cfg.num_prompts, cfg.num_generations, cfg.batch_size, num_train_steps(cfg)
+    print(f"a GRPO step: {P} prompts x {G} images, {K} of {cfg.sampling_steps} denoising steps "
+          f"trained, {P * G * K} transitions; {P * G // S} optimizer steps, {S / (P * G):.0%} "
+          f"on-policy\n{len(run.text_files)} prompts, the first: "
+          f"{printable(run.eval_prompts[0][:80])}", flush=True)
+
+def progress(line):
+    """Return what the progress bar shows of a GRPO step's metrics."""
+    names = [name.removesuffix("_std") for name in line if name.endswith("_std")]
+    names += ["ratio", "clip_frac", "grad_norm"]
+    return " ".join(f"{name} {line[name]:.3g}" for name in names if name in line)
+
+def remove_old_checkpoints(out, keep_last):
+    for folder in checkpoints(out)[:-keep_last]:
+        try:
+            remove(folder)
+        except OSError as error:  # it is in use, say; the training goes on
+            print(printable(f"warning: an old checkpoint stays: {error}"), file=sys.stderr)
+
+def replay(cfg, prompts):
+    """Replay a record and return whether it agrees. Nothing is written but embeddings of prompts,
+    to a temporary folder of the first process."""
+    device, rank, world = start_processes(cfg)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(cfg, prompts, Path(gather(folder)[0]), device, rank, world)
+        for step in range(cfg.steps):
+            train_step(step, run)
+        return run.tape.verdict()
+
+def start_processes(cfg):
+    """Set what must be set before the device is used, and join the other processes."""
+    if cfg.deterministic:
+        reward.make_deterministic(cfg.seed)
+    device, rank, world = init_distributed(cfg.device)
+    if cfg.compile:
+        reward.check_compile(device)
+    return device, rank, world
 
 def main(argv=None):
     cfg, step_prompts = read_command_line(argv)
     if cfg.compare:
         sys.exit(0 if compare_runs(*cfg.compare) else 3)
     world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
-    prompts, out = check_inputs(cfg, step_prompts, world), Path(
-        cfg.out or f"runs/{os.path.basename(os.path.abspath(cfg.model))}")
-    checkpoint, verdict = find_checkpoint(cfg, out), ""
-    if (out / "before_after.png").exists() and (
-            checkpoint == out / "checkpoints" / f"step_{cfg.steps:05d}"):
-        print(f"the run in {out} has finished its {cfg.steps} steps; raise --steps to continue it, "
-              "or give another --out")
-        return
-    if cfg.deterministic:
-        reward.make_deterministic(cfg.seed)
-    device, rank, world = init_distributed(cfg.device)
-    if cfg.compile:
-        reward.check_compile(device)
+    prompts = check_inputs(cfg, step_prompts, world)
+    if cfg.replay:
+        ok = replay(cfg, prompts)
+    else:
+        start_run(cfg, prompts)
+        ok = True
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if not ok:
+        sys.exit(3)
+
+def start_run(cfg, prompts):
+    """Begin or continue the run in --out, and train."""
+    out = Path(cfg.out or f"runs/{os.path.basename(os.path.abspath(cfg.model))}")
+    check_out(out)
+    checkpoint = find_checkpoint(cfg, out)
+    if checkpoint:
+        changes = check_same_experiment(cfg, checkpoint)
+        if (out / "before_after.png").exists() and step_of(checkpoint) == cfg.steps:
+            print(f"the run in {out} has finished its {cfg.steps} steps; raise --steps to continue "
+                  "it, or give another --out")
+            return
+        if changes:
+            print(f"changed since step {step_of(checkpoint)}: {changes}")
+
+    device, rank, world = start_processes(cfg)
     lock = FileLock(out / "lock", timeout=0)
     if rank == 0:
         with bad_input_if_fails(f"--out {out}: must be a folder that can be written to, and that "
@@ -1324,54 +2099,43 @@ def main(argv=None):
             lock.acquire()
     try:
         run = Run(cfg, prompts, out, device, rank, world)
-        packages = ("torch", "diffusers", "transformers", "open_clip_torch", "numpy", "pillow")
-        info = asdict(cfg) | {"dtype": run.cfg.dtype, "machine": reward.describe_device(device),
-                              "versions": {name: version(name) for name in packages}}
-        TAPE.start(cfg, info | {"step_prompts": prompts[0]}, rank)
-        if cfg.replay:
-            for step in range(cfg.steps):
-                train_step(step, run)
-            verdict = TAPE.verdict()
-            if rank == 0:
-                remove(out / "text")
-                print(verdict)
-        else:
-            train(run, info, checkpoint)
+        info = describe_run(replace(cfg, dtype=run.cfg.dtype), device)
+        if cfg.record and rank == 0:
+            with bad_input_if_fails(f"--record {cfg.record}: must be a new folder"):
+                Path(cfg.record).mkdir(parents=True)
+            write_json(Path(cfg.record) / "config.json", info | {"step_prompts": prompts[0]})
+        gather(None)  # the folder of the record is there
+        train(run, info, checkpoint)
     except Exception as error:
         if there := checkpoints(out):
-            error.add_note(f"the same command goes on from {there[-1]}")
+            error.add_note(f"the same command continues from {there[-1]}")
         raise
     finally:
         lock.release()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if verdict.endswith("OFF"):
-        sys.exit(3)
 
 def explain(error):
     """Return one line for an error that a user can act on; None for one that needs a traceback."""
-    text, notes = str(error), "".join(f"; {note}" for note in getattr(error, "__notes__", []))
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
     if isinstance(error, torch.OutOfMemoryError):
-        text = ("out of memory: --gradient_checkpointing 1, a lower --micro_batch and LoRA "
-                f"(--lora_rank 64) need less ({text})")
-    elif not isinstance(error, (BadInput, OSError, SafetensorError, FloatingPointError)):
-        if not isinstance(error, dist.DistError) and not re.search("gloo|nccl|hccl", text, re.I):
-            return None
-        text = ("another process has ended, see its message, or the network has failed "
-                f"({text.strip()[:80]})")
-    return text + notes
+        return ("out of memory: --gradient_checkpointing 1, a lower --micro_batch and LoRA "
+                f"(--lora_rank 64) need less ({error}){notes}")
+    if reward.is_collective_error(error):
+        traceback.print_exception(error)  # it may have come from this process alone
+        return f"another process has ended, see its message, or the network failed: {error}{notes}"
+    if isinstance(error, (BadInput, OSError, SafetensorError, FloatingPointError)):
+        return f"{error}{notes}"
+    return None
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # for a terminal that is not UTF-8
+        if stream:  # a daemon may have closed it
+            stream.reconfigure(errors="replace")  # for a terminal that is not UTF-8
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as problem:
-        if (line := explain(problem)) is None:
+        line = explain(problem)
+        if line is None:
             raise
-        refused = isinstance(problem, BadInput)
-        if refused and int(os.environ.get("LOCAL_RANK", 0)):
-            time.sleep(10)  # the first process has most likely found the same, and says so
-        reward.exit_with_error(line, status=2 if refused else 1)
+        reward.exit_with_error(line, status=2 if isinstance(problem, BadInput) else 1)
