@@ -50,6 +50,7 @@ from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import diffusers
 import numpy as np
@@ -444,10 +445,11 @@ def summarize(history):
     """Return the means over the optimizer steps that were taken, and the largest deviations of the
     ratio. Statistics of steps that did not happen are absent."""
     taken = [stats for stats in history if math.isfinite(stats["grad_norm"])]
-    summary = {"updates": len(taken), "skipped": len(history) - len(taken)}
+    summary = {}
     if taken:
         for name in ("loss", "ratio", "clip_frac", "kl", "grad_norm"):
             summary[name] = sum(stats[name] for stats in taken) / len(taken)
+    summary |= {"updates": len(taken), "skipped": len(history) - len(taken)}
     if history:
         deviations = [stats["ratio_max_dev"] for stats in history]
         summary["first_ratio_dev"] = deviations[0]
@@ -474,9 +476,8 @@ def train_step(step, run):
     x = send(draw_latents(keys, run.shape, cfg), run.device)
 
     # 3. Turn it into images, and keep every denoising step.
-    predict = tape.watch(policy.predict)
+    predict = tape.watch("velocity", policy.predict)
     trajectory = rollout(predict, x, text, keys, cfg, cfg.eta, window)
-    tape.note_velocities()
     tape.note("latents", trajectory.x, trajectory.x0)
     tape.note("logp", trajectory.logp[:, window.start:window.stop])
 
@@ -501,14 +502,13 @@ def train_step(step, run):
     # 6. Train on it. An optimizer step whose advantages are all 0, in all processes, is left out.
     in_order = [prompt_index * G + sample for _, prompt_index, sample in plan_step(step, cfg)]
     useful = (advantages[in_order].view(-1, cfg.batch_size) != 0).any(1).tolist()
-    predict = tape.watch(policy.predict)
+    predict = tape.watch("velocity_in_update", policy.predict)
     history = []
     stats = update(predict, policy.optimizer, trajectory, text, advantages[rows], keys, cfg,
                    policy.reference, window, useful, run.first_ratio_limit, history.append)
-    tape.note_update(history, useful, num_train_steps(cfg))
+    tape.close(history)
     run.refuse_no_finite_gradient(step, history)
     policy.update_ema(cfg.ema_decay)
-    tape.close()
     return scores, advantages, stats
 
 # The algorithm ends here. What follows loads models, saves, records and draws.
@@ -718,7 +718,7 @@ def flags(*kinds):
 # in FLUX.1-dev, to at most 57 / 4 of that. The limits leave twice as much. A wrong kernel is
 # further off: a rotary embedding that pairs halves gives 8e-2, int(1000 sigma) 1e-2, TF32 1e-3.
 TOLERANCES = dict(
-    text=("relative", 3e-5, 3e-2),  # 24 layers of T5
+    text=("relative", 3e-5, 3e-2),  # T5 has 24 layers
     velocity=("relative", 3e-5, 3e-2),
     latents=("relative", 3e-5, 3e-2),  # they add up velocities
     logp=("mean", 1e-6, 1e-5),  # a hundredth, a tenth of the clip range
@@ -732,6 +732,7 @@ TOLERANCES = dict(
 # What a draw is called on the tape: by its key, so that any number of processes finds it.
 DRAWS = {LATENTS: "initial_noise", NOISE: "noise", TRAIN_STEPS: "train_steps", WINDOW: "window"}
 TAPE_NAMES = re.compile(rf"({'|'.join(DRAWS.values())})(_\d+)+|({'|'.join(TOLERANCES)})\.\d+")
+BY_SAMPLE = ("text.", "latents.", "logp.", "images.", "reward.", "advantages.")  # a row for each
 
 class Tape:
     """Record a run's random draws and the results of every stage, or replay them: take the draws
@@ -741,107 +742,72 @@ class Tape:
     initial_noise_STEP_PROMPT_SAMPLE (c, h, w), noise_STEP_PROMPT_SAMPLE_t (L, C),
     train_steps_STEP_PROMPT_SAMPLE, the order of the SDE steps, of which the first K are trained,
     and window_STEP. STEP counts from 1, all others from 0; SAMPLE is 0 in initial_noise if a
-    group shares it. Results are STAGE.NUMBER, a row for each sample of the process in the order
-    of plan_step: NUMBER is the denoising step in velocity, the k-th trained one in
-    velocity_in_update, the optimizer step in loss and grad_norm, which are means over processes.
+    group shares it. Results are STAGE.NUMBER, with a row for each sample of the process in the
+    order of plan_step. For velocity and velocity_in_update NUMBER counts the calls of predict; on
+    another number of processes they are other calls, and are not compared. loss and grad_norm are
+    single numbers, means over processes, and NUMBER counts optimizer steps.
     """
 
     def __init__(self, cfg, rank, world):
         global on_draw
         self.cfg, self.rank, self.world = cfg, rank, world
         self.active = bool(cfg.record or cfg.replay)
-        self.tensors = None  # what is recorded, while a GRPO step is open
-        self.files = []  # those of a replay's step, one for each process of the record
-        self.errors = []  # (step, stage, rank, count, error)
+        self.results = None  # draws and results of a GRPO step, while it is open
+        self.errors = []  # (step, place of the stage, rank, count, error)
         on_draw = self.draw if self.active else None
 
     def open(self, step):
         """Begin a GRPO step."""
-        if not self.active:
-            return
-        self.step = step
-        self.keys = plan_step(step, self.cfg, self.rank, self.world)
-        self.tensors = {}
-        self.seen = Counter()  # results of each stage so far
+        if self.active:
+            self.step, self.results, self.recorded = step, {}, {}
+            self.keys = plan_step(step, self.cfg, self.rank, self.world)
         if self.cfg.replay:
-            self.read()
+            self.read(tape_files(self.cfg.replay, step))
 
-    def read(self):
-        """Open the files of a replay's GRPO step, and note whose samples they hold."""
-        paths = tape_files(self.cfg.replay, self.step)
-        self.files = []
+    def read(self, paths):
+        """Read what the processes of the record have written about this one's samples."""
+        same = len(paths) == self.world
+        rows = {}  # {result: {sample: its row}}
         for rank, path in enumerate(paths):
+            if same and rank != self.rank:
+                continue
             with bad_input_if_fails(f"--replay {path}: must be a whole file of --record"):
-                file = safe_open(path, "pt")
-                names = set(file.keys())
-            for name in names:
-                require(TAPE_NAMES.fullmatch(name), f"--replay {path}: nothing reads {name}")
+                recorded = load_file(path)
+            self.recorded |= recorded
             keys = plan_step(self.step, self.cfg, rank, len(paths))
-            self.files.append((file, names, keys))
+            for name, value in recorded.items():
+                require(TAPE_NAMES.fullmatch(name), f"--replay {path}: nothing reads {name}")
+                if name.startswith(BY_SAMPLE):
+                    self.require_shape(name, value, (len(keys), *value.shape[1:]))
+                    rows.setdefault(name, {}).update(zip(keys, value))
+        for name, row in rows.items():
+            self.recorded[name] = torch.stack([row[key] for key in self.keys])
+        if not same:
+            self.recorded = {name: value for name, value in self.recorded.items()
+                             if not name.startswith("velocity")}
+
+    def require_shape(self, name, value, shape):
+        require(tuple(value.shape) == tuple(shape), f"--replay {self.cfg.replay}: {name} "
+                f"{tuple(value.shape)}: must be {tuple(shape)}")
 
     def draw(self, draw, key):
         """Return a random draw: as it is, or the recorded one in its place."""
         _, purpose, step, *rest = key
-        if self.tensors is None or purpose not in DRAWS:
+        if self.results is None or purpose not in DRAWS:
             return draw
         name = "_".join(map(str, [DRAWS[purpose], step + 1, *rest]))
-        if self.cfg.record:
-            self.tensors[name] = draw
-            return draw
-        for file, names, _ in self.files:
-            if name in names:
-                recorded = file.get_tensor(name)
-                self.require_shape(name, recorded.shape, draw.shape)
-                return recorded.to(draw.dtype)
-        raise BadInput(f"--replay {self.cfg.replay}: {name} is missing")
+        if self.cfg.replay:
+            require(name in self.recorded, f"--replay {self.cfg.replay}: {name} is missing")
+            self.require_shape(name, self.recorded[name], draw.shape)
+            draw = self.recorded[name].to(draw.dtype)
+        self.results[name] = draw
+        return draw
 
-    def require_shape(self, name, found, expected):
-        require(tuple(found) == tuple(expected), f"--replay {self.cfg.replay}: {name} "
-                f"{tuple(found)}: must be {tuple(expected)}")
-
-    def watch(self, predict):
-        """Return predict; while the tape is active, one that also lists its calls."""
+    def watch(self, stage, predict):
+        """Return a predict that also notes what it returns, as results of a stage."""
         if not self.active:
             return predict
-        self.calls = []
-
-        def watched(x, sigma, text):
-            v = predict(x, sigma, text)
-            self.calls.append((sigma.flatten()[0].item(), v.detach().cpu()))
-            return v
-
-        return watched
-
-    def note_velocities(self):
-        """Note the velocities of the rollout, for each denoising step those of all samples."""
-        if not self.active:
-            return
-        by_level = {}
-        for sigma, v in self.calls:
-            by_level.setdefault(sigma, []).append(v)
-        prompts = [prompt_index for _, prompt_index, _ in self.keys]
-        distinct = list(dict.fromkeys(prompts))
-        for parts in by_level.values():
-            v = torch.cat(parts)
-            if len(v) < len(prompts):  # before a window: one path for all samples of a prompt
-                v = v[[distinct.index(p) for p in prompts]]
-            self.note("velocity", v)
-
-    def note_update(self, history, useful, K):
-        """Note the velocities of the update, 0 for samples that were left out, and the statistics
-        of its optimizer steps."""
-        if not self.active:
-            return
-        rows = torch.arange(len(self.keys)).view(len(useful), -1)[torch.tensor(useful)]
-        for k in range(K if history else 0):
-            v = torch.cat([v for _, v in self.calls[k::K]])
-            every = v.new_zeros(len(self.keys), *v.shape[1:])
-            every[rows.flatten()] = v
-            self.note("velocity_in_update", every)
-        for stats in history:
-            losses = gather(stats["loss"])
-            self.note("loss", sum(losses) / len(losses))
-            self.note("grad_norm", stats["grad_norm"])
+        return lambda *inputs: self.note(stage, predict(*inputs))
 
     def note(self, stage, *results):
         """Note a stage's results and return the first; of images the recorded one, so that the
@@ -849,58 +815,44 @@ class Tape:
         if not self.active:
             return results[0]
         for result in results:
-            name = f"{stage}.{self.seen[stage]}"
-            self.seen[stage] += 1
+            number = sum(name.startswith(f"{stage}.") for name in self.results)
             value = torch.as_tensor(result).detach().to("cpu", torch.float32, copy=True)
-            self.tensors[name] = value.contiguous()
-            recorded = self.find(name, value)
-            if recorded is not None:
-                self.compare(stage, name, value, recorded)
-                if stage == "images":
-                    return recorded.to(results[0].device)
+            self.results[f"{stage}.{number}"] = value.contiguous()
+        if stage == "images" and "images.0" in self.recorded:
+            return self.recorded["images.0"].to(results[0].device)
         return results[0]
 
-    def find(self, name, value):
-        """Return what the record has for these rows, in their order; None if it has nothing."""
-        rows = {}
-        for file, names, keys in self.files:
-            if name not in names:
-                continue
-            recorded = file.get_tensor(name)
-            if value.dim() == 0:  # one number for all processes
-                return recorded
-            self.require_shape(name, recorded.shape, (len(keys), *value.shape[1:]))
-            rows |= zip(keys, recorded)
-        if not rows:
-            return None
-        return torch.stack([rows[key] for key in self.keys])
-
-    def compare(self, stage, name, value, recorded):
-        """Add a stage's error to the list."""
-        if stage in ("loss", "grad_norm") and not name.endswith(".0"):
-            return  # after the first optimizer step AdamW amplifies which ratios are clipped
-        error = (value - recorded).abs()
-        if TOLERANCES[stage][0] == "mean":
-            measure = error.mean()
-        else:
-            measure = error.sum() / recorded.abs().sum().clamp(min=1e-30)
-        place = list(TOLERANCES).index(stage)
-        self.errors.append((self.step, place, self.rank, error.numel(), measure.item()))
-
-    def close(self):
-        """End a GRPO step: write it, or look for recorded results that were not computed."""
+    def close(self, history):
+        """End a GRPO step with the statistics of its optimizer steps: write the step, or compare
+        it with the recorded one."""
         if not self.active:
             return
+        for stats in history:
+            losses = gather(stats["loss"])
+            self.note("loss", sum(losses) / len(losses))
+            self.note("grad_norm", stats["grad_norm"])
         if self.cfg.record:
-            with atomic_write(tape_file(self.cfg.record, self.step, self.rank)) as path:
-                save_file(self.tensors, path)
-        for _, names, _ in self.files:
-            for name in names - self.tensors.keys():
-                stage, _, number = name.partition(".")
-                if number and stage not in ("loss", "grad_norm"):
-                    place = list(TOLERANCES).index(stage)
-                    self.errors.append((self.step, place, self.rank, 0, math.nan))
-        self.tensors = None
+            path = Path(self.cfg.record, f"step_{self.step + 1:05d}_rank_{self.rank}.safetensors")
+            with atomic_write(path) as work:
+                save_file(self.results, work)
+        for name, recorded in self.recorded.items():
+            self.compare(name, recorded)
+        self.results = None
+
+    def compare(self, name, recorded):
+        """Note the error of a result."""
+        stage, _, number = name.partition(".")
+        if not number or stage in ("loss", "grad_norm") and number != "0":
+            return  # a draw; or AdamW has amplified by now which ratios are clipped
+        measure = math.nan  # of what was not computed
+        if name in self.results:
+            self.require_shape(name, recorded, self.results[name].shape)
+            error = (self.results[name] - recorded).abs()
+            scale = recorded.abs().mean().clamp(min=1e-30)
+            relative = TOLERANCES[stage][0] == "relative"
+            measure = (error.mean() / scale if relative else error.mean()).item()
+        place = list(TOLERANCES).index(stage)
+        self.errors.append((self.step, place, self.rank, recorded.numel(), measure))
 
     def verdict(self):
         """Print the table of a replay over all processes; return whether all stages are OK."""
@@ -910,9 +862,9 @@ class Tape:
         for place, (stage, (measure, fp32, bf16)) in enumerate(TOLERANCES.items()):
             limit = bf16 if self.cfg.dtype == "bf16" else fp32
             rows = [row for row in errors if row[1] == place]
-            wrong = [row for row in rows if math.isnan(row[-1]) or row[-1] > limit]
+            wrong = [row for row in rows if not row[-1] <= limit]  # nan, too
             off += wrong
-            word = "OFF" if wrong else "OK" if rows else "not recorded"
+            word = "OFF" if wrong else "OK" if rows else "not compared"
             count = sum(row[3] for row in rows)
             worst = max((row[4] for row in rows), default=0)
             lines.append(f"{stage:18}{count:13}{worst:12.1e}{limit:12.1e} {measure:9}{word}")
@@ -924,15 +876,14 @@ class Tape:
             print(*lines, f"replay {'OFF' if off else 'OK'}", sep="\n")
         return not off
 
-def tape_file(folder, step, rank):
-    return Path(folder) / f"step_{step + 1:05d}_rank_{rank}.safetensors"
-
 def tape_files(folder, step):
     """Return the files of a recorded GRPO step, in the order of its processes."""
     files = []
-    while tape_file(folder, step, len(files)).exists():
-        files.append(tape_file(folder, step, len(files)))
-    return files
+    for rank in itertools.count():
+        path = Path(folder, f"step_{step + 1:05d}_rank_{rank}.safetensors")
+        if not path.exists():
+            return files
+        files.append(path)
 
 def read_record(folder):
     """Return a record's settings, and the prompts of its GRPO steps."""
@@ -942,26 +893,26 @@ def read_record(folder):
         step_prompts = info.pop("step_prompts", None) or []
         unknown = sorted(info.keys() - types.keys() - NOT_FLAGS)
         require(not unknown, f"nothing reads {' '.join(unknown)}")
-        settings = {name: types[name](value) for name, value in info.items()
-                    if name in flags("same", "tuned", "free")}
+        settings = {}
+        for f in fields(Config):
+            if f.name in info and f.metadata["resume"] != "local":
+                settings[f.name] = f.type(info[f.name])
     return settings, step_prompts
 
-def check_record(cfg, step_prompts, world):
+def check_record(cfg, step_prompts):
     """Refuse a record that cannot be replayed."""
     files = [tape_files(cfg.replay, step) for step in range(cfg.steps)]
-    counts = {len(paths) for paths in files}
-    require(len(counts) == 1 and 0 not in counts,
+    world, P = len(files[0]), cfg.num_prompts
+    require(world and {len(paths) for paths in files} == {world} and cfg.batch_size % world == 0,
             f"--replay {cfg.replay}: must have the files of all processes for each of --steps "
-            f"{cfg.steps}")
-    require(cfg.batch_size % counts.pop() == 0, f"--replay {cfg.replay}: the number of its "
-            f"processes, {len(files[0])}, must divide batch_size {cfg.batch_size}")
-    require([len(prompts) for prompts in step_prompts[:cfg.steps]] == [cfg.num_prompts] * cfg.steps,
-            f"--replay {cfg.replay}: its config.json must have step_prompts, {cfg.num_prompts} "
-            f"prompts for each of {cfg.steps} steps")
+            f"{cfg.steps}, and their number must divide batch_size {cfg.batch_size}")
+    require([len(prompts) for prompts in step_prompts[:cfg.steps]] == [P] * cfg.steps,
+            f"--replay {cfg.replay}: its config.json must have step_prompts, {P} prompts for each "
+            f"of {cfg.steps} steps")
     with bad_input_if_fails(f"--replay {files[0][0]}: must be a whole file of --record"):
         names = safe_open(files[0][0], "pt").keys()
-    require(any("." in name for name in names),
-            f"--replay {cfg.replay}: has draws alone, no results to compare with")
+    require(any(name.startswith(BY_SAMPLE) for name in names),
+            f"--replay {cfg.replay}: has no results to compare with")
 
 # --------------------------------------------------------------------------------------- processes
 
@@ -1537,14 +1488,9 @@ CURVES = {"held_out": "held-out reward", "accuracy": "right prompt, by HPS",
 def plot(path, folders, pictures={}, words=None):
     """Draw pictures {title: file} of evaluations and, beside them, the curves of some runs. words:
     those of the pictures' rows and columns."""
-    backend = os.environ.get("MPLBACKEND")
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may be missing in this process
-    from matplotlib.figure import Figure
-    from matplotlib.image import imread
-    os.environ.pop("MPLBACKEND")
-    if backend:
-        os.environ["MPLBACKEND"] = backend
-
+    with mock.patch.dict(os.environ, MPLBACKEND="agg"):  # a notebook's may be missing here
+        from matplotlib.figure import Figure
+        from matplotlib.image import imread
     images = {title: imread(file) for title, file in pictures.items() if file.exists()}
     height = 4.5
     for image in images.values():
@@ -1929,7 +1875,7 @@ def check_inputs(cfg, step_prompts, world):
     require(not cfg.record or not Path(cfg.record).exists(),
             f"--record {cfg.record}: must be a new folder")
     if cfg.replay:
-        check_record(cfg, step_prompts, world)
+        check_record(cfg, step_prompts)
     else:
         require(cfg.prompts or cfg.model == "tiny",
                 "--prompts (not given): must be a text file with one prompt per line")
