@@ -43,8 +43,8 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter, namedtuple
-from contextlib import contextmanager, suppress
+from collections import namedtuple
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -89,7 +89,8 @@ def randn(shape, *key):
 
 def randperm(n, *key):
     """Draw a random order of range(n), an int64 tensor (n,); key as in randn."""
-    draw = torch.from_numpy(np.random.default_rng(key).permutation(n))
+    order = np.random.default_rng(key).permutation(n)
+    draw = torch.from_numpy(order)
     return on_draw(draw, key) if on_draw else draw
 
 def send(tensor, device):
@@ -141,7 +142,8 @@ def sde_mean_std(v, x, sigma, sigma_next, eta, sde="dance"):
     std = eta * (-dt).sqrt()
     return mean, std
 
-def flux_step(v, x, sigma, sigma_next, eta, sde="dance", noise=None, x_next=None):
+def flux_step(v, x, sigma, sigma_next, eta, sde="dance",
+              noise=None, x_next=None):
     """Take one denoising step σ -> σ', or score one that was taken: (x_next, x0, logp).
 
     A rectified flow interpolates image and noise, x = (1 - σ) x0 + σ x1, and the model predicts
@@ -163,8 +165,9 @@ def flux_step(v, x, sigma, sigma_next, eta, sde="dance", noise=None, x_next=None
     sigma_next = torch.as_tensor(sigma_next, dtype=x.dtype, device=x.device)
     x0 = x - sigma * v
     if eta == 0:
-        no_density = x.new_full((len(x),), float("nan"))
-        return x + v * (sigma_next - sigma), x0, no_density
+        x_next = x + v * (sigma_next - sigma)
+        no_density = x.new_full((len(x),), math.nan)
+        return x_next, x0, no_density
 
     mean, std = sde_mean_std(v, x, sigma, sigma_next, eta, sde)
     if x_next is None:
@@ -172,29 +175,33 @@ def flux_step(v, x, sigma, sigma_next, eta, sde="dance", noise=None, x_next=None
 
     # The step that was taken is data, the action of the policy: the gradient runs through mean.
     deviation = (x_next.detach() - mean) / std
-    logp = -0.5 * deviation**2 - std.log() - 0.5 * math.log(2 * math.pi)
+    constant = 0.5 * math.log(2 * math.pi)
+    logp = -0.5 * deviation**2 - std.log() - constant
     return x_next, x0, logp.mean(dim=(1, 2))
 
 def gaussian_kl(v, v_reference, x, sigma, sigma_next, eta, sde="dance"):
     """Return the KL divergence (B,) between the SDE steps of two models from the same x.
 
-    Both are Gaussian with one std, so it is (mean - mean_reference)² / (2 std²), here the mean over
-    L and C. sigma, sigma_next: tensors (B, 1, 1); the other arguments are those of flux_step.
+    Both are Gaussian with one std, so it is (mean - mean_reference)² / (2 std²), here the mean
+    over L and C. sigma, sigma_next: tensors (B, 1, 1); the others are those of flux_step.
     """
     mean, std = sde_mean_std(v, x, sigma, sigma_next, eta, sde)
     mean_reference, _ = sde_mean_std(v_reference, x, sigma, sigma_next, eta, sde)
-    return ((mean - mean_reference) ** 2 / (2 * std**2)).mean(dim=(1, 2))
+    kl = (mean - mean_reference) ** 2 / (2 * std**2)
+    return kl.mean(dim=(1, 2))
 
 # -------------------------------------------------------------------------------------------- GRPO
 
 def group_advantages(rewards, num_generations, eps=1e-8):
     """(B,) rewards, group by group -> (B,) advantages: (r - mean) / (std + eps) within a group.
 
-    Unbiased std, as in DanceGRPO. A group of equal rewards gets exactly 0: the formula alone would
-    divide the rounding error of its mean by eps.
+    Unbiased std, as in DanceGRPO. A group of equal rewards gets exactly 0: the formula alone
+    would divide the rounding error of its mean by eps.
     """
     r = rewards.view(-1, num_generations)  # (B / G, G)
-    advantages = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + eps)
+    mean = r.mean(1, keepdim=True)
+    std = r.std(1, keepdim=True)
+    advantages = (r - mean) / (std + eps)
     all_equal = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)
     return advantages.masked_fill(all_equal, 0).flatten()
 
@@ -226,18 +233,19 @@ def grpo_loss(logp, logp_old, advantages, clip_range, adv_clip_max):
 def plan_step(step, cfg, rank=0, world=1):
     """Return the keys (step, prompt_index, sample) of this process's samples, B = P G / world.
 
-    The order of all P G samples is that of training, S for each optimizer step: whole groups if S
-    is a multiple of G, else the next S / P images of every prompt, which is DanceGRPO's way. Each
-    process takes an equal, contiguous part of each S. With P = 2, G = 4, S = 4 and two processes
-    the order is 0.0 0.1 0.2 0.3, 1.0 1.1 1.2 1.3 (prompt.sample), and the first process has
-    0.0 0.1, 1.0 1.1.
+    The order of all P G samples is that of training, S for each optimizer step: whole groups
+    if S is a multiple of G, else the next S / P images of every prompt, DanceGRPO's way. Each
+    process takes an equal, contiguous part of each S. With P = 2, G = 4, S = 4 and two
+    processes the order is 0.0 0.1 0.2 0.3, 1.0 1.1 1.2 1.3 (prompt.sample), and the first
+    process has 0.0 0.1, 1.0 1.1.
     """
     P, G, S = cfg.num_prompts, cfg.num_generations, cfg.batch_size
     in_a_row = G if S % G == 0 else S // P  # consecutive images of one prompt
     order = []
     for start in range(0, G, in_a_row):
         for p in range(P):
-            order += [(step, p, i) for i in range(start, start + in_a_row)]
+            samples = range(start, start + in_a_row)
+            order += [(step, p, i) for i in samples]
 
     share = S // world
     mine = []
@@ -246,14 +254,18 @@ def plan_step(step, cfg, rank=0, world=1):
     return mine
 
 def sde_steps(step, cfg):
-    """Return the range of denoising steps of a GRPO step that are stochastic: all but the last, or
-    a window of them that moves (MixGRPO, Li et al., arXiv 2507.21802). The others are the ODE's."""
+    """Return the range of denoising steps of a GRPO step that are stochastic.
+
+    All but the last, or a window of them that moves (MixGRPO, Li et al., arXiv 2507.21802). The
+    other steps are the ODE's.
+    """
     W = cfg.sde_window or cfg.sampling_steps - 1
     positions = cfg.sampling_steps - W
     if cfg.window_shift_every:
         start = step // cfg.window_shift_every % positions
     else:
-        start = randperm(positions, cfg.seed, WINDOW, step)[0].item()
+        order = randperm(positions, cfg.seed, WINDOW, step)
+        start = int(order[0])
     return range(start, start + W)
 
 def num_train_steps(cfg):
@@ -280,16 +292,19 @@ def rollout(predict, x, text, keys, cfg, eta, window=None):
     """Turn noise x (B, L, C) into images: a Trajectory.
 
     eta > 0 takes SDE steps inside the window (all but the last, if none is given) and ODE steps
-    outside of it; eta = 0 takes ODE steps alone and needs no keys. keys[i] = (step, prompt_index,
-    sample) names the noise of sample i. The last step is deterministic, so its x0 is the image.
+    outside of it; eta = 0 takes ODE steps alone and needs no keys. keys[i] = (step,
+    prompt_index, sample) names the noise of sample i. The last step is deterministic, so its x0
+    is the image.
     """
     T = cfg.sampling_steps
-    sigmas = send(torch.tensor(sigma_schedule(T, cfg.shift)), x.device)
+    sigmas = torch.tensor(sigma_schedule(T, cfg.shift))
+    sigmas = send(sigmas, x.device)
     if window is None:
         window = range(T - 1)
     if eta == 0:
         window = range(0)
-    denoise_steps = partial(denoise, predict, sigmas=sigmas, window=window, cfg=cfg, eta=eta)
+    denoise_steps = partial(
+        denoise, predict, sigmas=sigmas, window=window, cfg=cfg, eta=eta)
 
     shared = window.start if cfg.init_same_noise else 0
     if shared == 0:
@@ -299,13 +314,15 @@ def rollout(predict, x, text, keys, cfg, eta, window=None):
     # Before the window the samples of a prompt follow one deterministic path: compute it once.
     prompts = [prompt_index for _, prompt_index, _ in keys]
     distinct = list(dict.fromkeys(prompts))
-    first = send(torch.tensor([prompts.index(p) for p in distinct]), x.device)
-    text_of_paths = [c[first] for c in text]
-    path = denoise_steps(x[first], text_of_paths, None, range(shared))
+    first_rows = torch.tensor([prompts.index(p) for p in distinct])
+    first_rows = send(first_rows, x.device)
+    text_of_paths = [c[first_rows] for c in text]
+    path = denoise_steps(x[first_rows], text_of_paths, None, range(shared))
 
     # From the window on each sample goes its own way.
-    row = send(torch.tensor([distinct.index(p) for p in prompts]), x.device)
-    x, before, _, logp_before = [c[row] for c in path]
+    path_of_row = torch.tensor([distinct.index(p) for p in prompts])
+    path_of_row = send(path_of_row, x.device)
+    x, before, _, logp_before = [c[path_of_row] for c in path]
     _, after, x0, logp_after = denoise_steps(x, text, keys, range(shared, T))
     states = torch.cat([before, after], dim=1)
     logp = torch.cat([logp_before, logp_after], dim=1)
@@ -324,13 +341,11 @@ def denoise(predict, x, text, keys, steps, sigmas, window, cfg, eta):
         inputs = [c[rows] for c in text]
 
         # The noise of all steps is drawn and copied ahead: then nothing waits for the device.
-        stochastic = [t for t in steps if t in window]
         noise = {}
-        if stochastic:
-            draws = [randn(x.shape[1:], cfg.seed, NOISE, *key, t)
-                     for t in stochastic for key in keys[rows]]
-            draws = send(torch.stack(draws), x.device)
-            noise = dict(zip(stochastic, draws.split(len(x_t))))
+        for t in steps:
+            if t in window:
+                draws = [randn(x.shape[1:], cfg.seed, NOISE, *key, t) for key in keys[rows]]
+                noise[t] = send(torch.stack(draws), x.device)
 
         states, logps = [], []
         for t in steps:
@@ -340,26 +355,30 @@ def denoise(predict, x, text, keys, steps, sigmas, window, cfg, eta):
             v = predict(x_t, sigma, inputs)
             states.append(x_t)
             level = eta if t in window else 0
-            x_t, x0, logp = flux_step(v, x_t, sigma, sigma_next, level, cfg.sde, noise.get(t))
+            x_t, x0, logp = flux_step(
+                v, x_t, sigma, sigma_next, level, cfg.sde, noise.get(t))
             logps.append(logp)
-        results.append((x_t, torch.stack(states, 1), x0, torch.stack(logps, 1)))
+        states = torch.stack(states, dim=1)
+        logps = torch.stack(logps, dim=1)
+        results.append((x_t, states, x0, logps))
     return [torch.cat(part) for part in zip(*results)]
 
 # ------------------------------------------------------------------------------------------ update
 
 FIRST_RATIO_LIMIT = 1e-5  # of |ρ - 1| before the first optimizer step; right code gives exactly 0
 
-def update(predict, optimizer, trajectory, text, advantages, keys, cfg, reference=None,
-           window=None, useful=None, first_ratio_limit=FIRST_RATIO_LIMIT, report=None):
+def update(predict, optimizer, trajectory, text, advantages, keys, cfg,
+           reference=None, window=None, useful=None,
+           first_ratio_limit=FIRST_RATIO_LIMIT, report=None):
     """Train on a rollout once, an optimizer step for each S samples: a dict of statistics.
 
     advantages (B,). Each sample trains on K of its SDE steps, chosen at random for itself. Only
     the first optimizer step is on-policy, so its ratio must be 1, else FloatingPointError.
 
-    reference: predict of the model that kl_beta keeps the policy close to. window: as in rollout.
-    useful: for each optimizer step whether any process has an advantage that is not 0; the others
-    are left out. report: called with the statistics of each optimizer step. The host waits for
-    the device once per optimizer step, at its end.
+    reference: predict of the model that kl_beta keeps the policy close to. window: as in
+    rollout. useful: for each optimizer step whether any process has an advantage that is not 0;
+    the others are left out. report: called with the statistics of each optimizer step. The host
+    waits for the device once per optimizer step, at its end.
     """
     sigmas, states, _, logp_old = trajectory
     device = states.device
@@ -368,22 +387,28 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg, referenc
         window = range(cfg.sampling_steps - 1)
 
     # Which K of its SDE steps each sample trains on: the first ones of a random order.
-    orders = [randperm(len(window), cfg.seed, TRAIN_STEPS, *key)[:K] for key in keys]
-    train_steps = send(torch.stack(orders) + window.start, device)  # (B, K)
+    train_steps = []
+    for key in keys:
+        order = randperm(len(window), cfg.seed, TRAIN_STEPS, *key)
+        train_steps.append(window.start + order[:K])
+    train_steps = send(torch.stack(train_steps), device)  # (B, K)
 
     # The rows of each optimizer step, in the order of plan_step.
     count = cfg.num_prompts * cfg.num_generations // cfg.batch_size
-    batches = torch.arange(len(keys), device=device).view(count, -1)
+    all_rows = torch.arange(len(keys), device=device)
+    batches = all_rows.view(count, -1)
     if useful is None:
-        useful = (advantages.view(count, -1) != 0).any(1).tolist()
+        nonzero = advantages.view(count, -1) != 0
+        useful = nonzero.any(dim=1).tolist()
     advantages = send(advantages, device)
 
     history = []
     for rows, is_useful in zip(batches, useful):
         if not is_useful:
             continue
-        names = ("loss", "ratio", "clip_frac", "kl", "ratio_max_dev")
-        sums = {name: torch.zeros((), device=device) for name in names}  # read at the end only
+        sums = {}  # of statistics, which stay on the device until the optimizer step
+        for name in ("loss", "ratio", "clip_frac", "kl", "ratio_max_dev"):
+            sums[name] = torch.zeros((), device=device)
         transitions = len(rows) * K
 
         for part in rows.split(cfg.micro_batch):
@@ -392,26 +417,30 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg, referenc
             for k in range(K):
                 # One transition x -> x_next of each sample, each at its own noise level.
                 t = train_steps[part, k]  # (b,)
-                x, x_next = states[part, t], states[part, t + 1]
+                x = states[part, t]
+                x_next = states[part, t + 1]
                 sigma = sigmas[t].view(-1, 1, 1)
                 sigma_next = sigmas[t + 1].view(-1, 1, 1)
 
                 # How probable does the policy find it now?
                 v = predict(x, sigma, inputs)
-                _, _, logp = flux_step(v, x, sigma, sigma_next, cfg.eta, cfg.sde, x_next=x_next)
-                loss, stats = grpo_loss(logp, logp_old[part, t], advantages[part],
-                                        cfg.clip_range, cfg.adv_clip_max)
+                _, _, logp = flux_step(
+                    v, x, sigma, sigma_next, cfg.eta, cfg.sde, x_next=x_next)
+                loss, stats = grpo_loss(
+                    logp, logp_old[part, t], advantages[part],
+                    cfg.clip_range, cfg.adv_clip_max)
                 if reference:
                     v_reference = reference(x, sigma, inputs)
-                    kl = gaussian_kl(v, v_reference, x, sigma, sigma_next, cfg.eta, cfg.sde)
-                    stats["kl"] = kl.mean().detach()
-                    loss = loss + cfg.kl_beta * kl.mean()
+                    kl = gaussian_kl(
+                        v, v_reference, x, sigma, sigma_next, cfg.eta, cfg.sde).mean()
+                    stats["kl"] = kl.detach()
+                    loss = loss + cfg.kl_beta * kl
 
                 # The gradient is that of the mean over all transitions of the optimizer step.
                 (loss * len(part) / transitions).backward()
                 stats["loss"] = loss.detach()
-                deviation = stats.pop("ratio_max_dev")
-                sums["ratio_max_dev"] = torch.maximum(sums["ratio_max_dev"], deviation)
+                largest = stats.pop("ratio_max_dev")
+                sums["ratio_max_dev"] = torch.maximum(sums["ratio_max_dev"], largest)
                 for name, value in stats.items():
                     sums[name] += value * len(part) / transitions
 
@@ -427,9 +456,9 @@ def optimizer_step(optimizer, sums, max_grad_norm, first_ratio_limit=math.inf):
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     if hasattr(norm, "full_tensor"):  # a DTensor under FSDP
         norm = norm.full_tensor()
-    named = sums | {"grad_norm": norm}
-    values = torch.stack([*named.values()]).tolist()  # the one transfer to the host
-    stats = dict(zip(named, values))
+    sums["grad_norm"] = norm
+    values = torch.stack(list(sums.values()))
+    stats = dict(zip(sums, values.tolist()))  # the one transfer to the host
 
     if stats["ratio_max_dev"] > first_ratio_limit:
         raise FloatingPointError(
@@ -442,14 +471,19 @@ def optimizer_step(optimizer, sums, max_grad_norm, first_ratio_limit=math.inf):
     return stats
 
 def summarize(history):
-    """Return the means over the optimizer steps that were taken, and the largest deviations of the
-    ratio. Statistics of steps that did not happen are absent."""
-    taken = [stats for stats in history if math.isfinite(stats["grad_norm"])]
+    """Return the means over the optimizer steps that were taken, and the largest deviations of
+    the ratio. Statistics of steps that did not happen are absent."""
+    taken = []
+    for stats in history:
+        if math.isfinite(stats["grad_norm"]):
+            taken.append(stats)
     summary = {}
     if taken:
         for name in ("loss", "ratio", "clip_frac", "kl", "grad_norm"):
-            summary[name] = sum(stats[name] for stats in taken) / len(taken)
-    summary |= {"updates": len(taken), "skipped": len(history) - len(taken)}
+            total = sum(stats[name] for stats in taken)
+            summary[name] = total / len(taken)
+    summary["updates"] = len(taken)
+    summary["skipped"] = len(history) - len(taken)
     if history:
         deviations = [stats["ratio_max_dev"] for stats in history]
         summary["first_ratio_dev"] = deviations[0]
@@ -468,12 +502,13 @@ def train_step(step, run):
 
     # 1. Plan: which samples of which prompts are this process's.
     keys = plan_step(step, cfg, run.rank, run.world)
-    prompts = [run.step_prompts[step][prompt_index] for _, prompt_index, _ in keys]
+    prompts = [run.step_prompts[step][p] for _, p, _ in keys]
     text = run.text(prompts)
     tape.note("text", *text)
 
     # 2. Draw the noise that each image starts from.
-    x = send(draw_latents(keys, run.shape, cfg), run.device)
+    x = draw_latents(keys, run.shape, cfg)
+    x = send(x, run.device)
 
     # 3. Turn it into images, and keep every denoising step.
     predict = tape.watch("velocity", policy.predict)
@@ -482,17 +517,19 @@ def train_step(step, run):
     tape.note("logp", trajectory.logp[:, window.start:window.stop])
 
     # 4. Decode and score the images.
-    images = decode(run.vae, trajectory.x0, run.shape[1:], cfg.micro_batch)
-    images = tape.note("images", images)  # a replay goes on with the recorded ones
+    grid = run.shape[1:]
+    images = decode(run.vae, trajectory.x0, grid, cfg.micro_batch)
+    images = tape.note("images", images)  # a replay continues with the recorded ones
     scores = reward.score(run.rewards, images, prompts, f"step {step + 1}")  # {name: (B,)}
     tape.note("reward", *scores.values())
 
-    # 5. Compare each image with its group. A group may lie in several processes, so all scores are
-    # gathered and sorted by prompt_index * G + sample: ranks with rows [0 1 4 5] and [2 3 6 7]
-    # give the order [0 1 2 3 4 5 6 7].
-    rows = torch.tensor([prompt_index * G + sample for _, prompt_index, sample in keys])
+    # 5. Compare each image with its group. A group may lie in several processes, so all scores
+    # are gathered and sorted by prompt_index * G + sample: ranks with rows [0 1 4 5] and
+    # [2 3 6 7] give the order [0 1 2 3 4 5 6 7].
+    rows = torch.tensor([p * G + i for _, p, i in keys])
     order = torch.cat(gather(rows)).argsort()
-    scores = {name: torch.cat(gather(r))[order] for name, r in scores.items()}  # (P G,)
+    for name, mine in scores.items():
+        scores[name] = torch.cat(gather(mine))[order]  # (P G,)
     advantages = torch.zeros(len(order))
     for name, (weight, _) in run.rewards.items():
         if weight:
@@ -500,14 +537,17 @@ def train_step(step, run):
     tape.note("advantages", advantages[rows])
 
     # 6. Train on it. An optimizer step whose advantages are all 0, in all processes, is left out.
-    in_order = [prompt_index * G + sample for _, prompt_index, sample in plan_step(step, cfg)]
-    useful = (advantages[in_order].view(-1, cfg.batch_size) != 0).any(1).tolist()
+    rows_in_order = [p * G + i for _, p, i in plan_step(step, cfg)]
+    nonzero = advantages[rows_in_order].view(-1, cfg.batch_size) != 0
+    useful = nonzero.any(dim=1).tolist()
     predict = tape.watch("velocity_in_update", policy.predict)
     history = []
-    stats = update(predict, policy.optimizer, trajectory, text, advantages[rows], keys, cfg,
-                   policy.reference, window, useful, run.first_ratio_limit, history.append)
+    stats = update(
+        predict, policy.optimizer, trajectory, text, advantages[rows], keys, cfg,
+        policy.reference, window, useful, run.first_ratio_limit, history.append)
     tape.close(history)
-    run.refuse_no_finite_gradient(step, history)
+    if history and not stats["updates"] and not cfg.replay:
+        raise FloatingPointError(explain_gradient(step, history, policy.steps_taken()))
     policy.update_ema(cfg.ema_decay)
     return scores, advantages, stats
 
@@ -705,10 +745,6 @@ class Config:
 FLAG_GROUPS = {"model": "model and device", "reward": "reward", "num_prompts": "rollout",
                "learning_rate": "update", "save_every": "checkpoints and evaluation",
                "record": "the same numbers on another device"}
-
-def flags(*kinds):
-    """Return the names of the flags whose metadata says one of these about resuming."""
-    return [f.name for f in fields(Config) if f.metadata["resume"] in kinds]
 
 # -------------------------------------------------------------------------------------------- tape
 
@@ -1277,7 +1313,6 @@ class Run:
     def __init__(self, cfg, prompts, out, device, rank, world):
         self.out, self.device, self.rank, self.world = out, device, rank, world
         self.step_prompts, self.eval_prompts = prompts
-        self.board = None  # TensorBoard's writer
         if cfg.dtype == "auto":
             cfg = replace(cfg, dtype="bf16" if reward.is_accelerator(device) else "fp32")
         reward.check_attention(cfg.attention, device, DTYPES[cfg.dtype], cfg.deterministic)
@@ -1343,22 +1378,6 @@ class Run:
             both.append(send(rows, self.device))
         return tuple(both)
 
-    def refuse_no_finite_gradient(self, step, history):
-        """Raise FloatingPointError if no optimizer step of a GRPO step had a finite gradient."""
-        if self.cfg.replay or not history or any(
-                math.isfinite(stats["grad_norm"]) for stats in history):
-            return
-        loss = "finite" if all(math.isfinite(stats["loss"]) for stats in history) else "not finite"
-        taken = self.policy.steps_taken()
-        causes = "the attention kernel (try --attention _native_math), the precision (try --dtype "\
-                 "fp32)"
-        if taken:
-            causes += ", weights that have diverged (try a lower --learning_rate)"
-        raise FloatingPointError(
-            f"the gradient was not finite in any of the {len(history)} optimizer steps of GRPO "
-            f"step {step + 1}, after {taken} earlier ones; the loss, and so the forward, was "
-            f"{loss}. Likely causes, in this order: {causes}")
-
     def label(self, scores):
         """Name scores for metrics: "reward" if just one is trained; by name, if there are more."""
         trained = [name for name, (weight, _) in self.rewards.items() if weight]
@@ -1413,23 +1432,20 @@ class Run:
         for name in stats:
             values = [each[name] for each in every]
             line[name] = max(values) if name.endswith("_dev") else sum(values) / len(values)
-        return {"step": step} | {name: seven_digits(value) for name, value in line.items()}
+        return {"step": step} | {
+            name: float(f"{value:.7g}") for name, value in line.items()}
 
     def open(self, info, done):
-        """Clear what a kill has left, write config.json, and keep the metrics up to step `done`."""
-        folders = [self.out, self.out / "images", self.out / "checkpoints"]
-        for folder in folders:
+        """Write config.json, clear what a kill has left, and keep the metrics up to step `done`."""
+        write_json(self.out / "config.json", info)  # first: it marks the folder as a run's
+        for folder in (self.out, self.out / "images", self.out / "checkpoints"):
             folder.mkdir(exist_ok=True)
             for leftover in [*folder.glob(".writing-*"), *folder.glob(".old-*")]:
                 remove(leftover)
         remove(self.out / "before_after.png")
         kept = [line for line in read_metrics(self.out) if done and line["step"] <= done]
-        write_json(self.out / "config.json", info)
         with atomic_write(self.out / "metrics.jsonl") as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        with suppress(Exception):  # it is optional, and a broken installation can raise anything
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(self.out / "tensorboard", purge_step=done + 1)
 
     def write(self, line):
         """Append a line to metrics.jsonl; after an evaluation draw the curves."""
@@ -1437,9 +1453,6 @@ class Run:
             return
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
-        if self.board:
-            for name, value in line.items():
-                self.board.add_scalar(name, value, line["step"])
         if any("held_out" in name for name in line):
             plot(self.out / "reward.png", [self.out])
 
@@ -1455,8 +1468,19 @@ class Run:
         plot(self.out / "before_after.png", [self.out], pictures, words)
         print(f"look at {self.out}/before_after.png; for diffusers: {self.out}/export")
 
-def seven_digits(value):
-    return float(f"{value:.7g}")
+def explain_gradient(step, history, taken):
+    """Return the line about a GRPO step in which no optimizer step had a finite gradient, after so
+    many that were taken before."""
+    loss = "finite"
+    if not all(math.isfinite(stats["loss"]) for stats in history):
+        loss = "not finite"
+    causes = ["the attention kernel (try --attention _native_math)",
+              "the precision (try --dtype fp32)"]
+    if taken:
+        causes.append("weights that have diverged (try a lower --learning_rate)")
+    return (f"the gradient was not finite in any of the {len(history)} optimizer steps of GRPO "
+            f"step {step + 1}, after {taken} earlier ones; the loss, and so the forward, was {loss}"
+            f". Likely causes, in this order: {', '.join(causes)}")
 
 def equal_micro_batch(cfg, world):
     """Return the largest number up to --micro_batch that divides a process's part of S: rollout and
@@ -1504,8 +1528,9 @@ def plot(path, folders, pictures={}, words=None):
         panel.set(xticks=[], yticks=[], frame_on=False)
         if words:
             rows, columns = words
-            panel.set_xticks(middles(image.shape[1], len(columns)), columns)
-            panel.set_yticks(middles(image.shape[0], len(rows)), rows)
+            height, width, _ = image.shape
+            panel.set_yticks((np.arange(len(rows)) + 0.5) * height / len(rows), rows)
+            panel.set_xticks((np.arange(len(columns)) + 0.5) * width / len(columns), columns)
             panel.tick_params(length=0)
 
     for folder in folders:
@@ -1514,10 +1539,6 @@ def plot(path, folders, pictures={}, words=None):
     axes.legend(frameon=False)
     with atomic_write(path) as work:
         figure.savefig(work, format="png")
-
-def middles(length, count):
-    """Return the middles of `count` equal parts of a length."""
-    return [length * (i + 0.5) / count for i in range(count)]
 
 def draw_curves(axes, folder, suffix):
     """Draw what was evaluated as lines, and behind them the reward of each GRPO step, pale."""
@@ -1548,42 +1569,41 @@ def write_json(path, value):
     with atomic_write(path) as work:
         work.write_text(json.dumps(value, indent=1))
 
-def compare_runs(*folders):
+def compare_runs(a, b):
     """Print the rewards of two runs side by side, draw compare.png into the second, and return
-    whether their means over every ten steps, and over all, are within 5 % of each other. Where the
-    mean is near 0, that is 5 % of the reward's standard deviation within a group."""
-    a, b = folders
+    whether their means over every ten steps, and over all, are within 5 % of each other: of the
+    mean, or where it is near 0 of the standard deviation within a group."""
     runs = []
-    for folder in folders:
-        lines = [line for line in read_metrics(folder) if "loss" in line]
+    for folder in (a, b):
+        lines = [line for line in read_metrics(folder) if "zero_std_frac" in line]
         runs.append({line["step"]: line for line in lines})
     steps = sorted(runs[0].keys() & runs[1].keys())
     names = []
-    for name in runs[0][steps[0]] if steps else []:
-        if f"{name}_std" in runs[1][steps[0]]:
-            names.append(name)
+    if steps:
+        first_a, first_b = runs[0][steps[0]], runs[1][steps[0]]
+        names = [name for name in first_a if f"{name}_std" in first_a.keys() & first_b.keys()]
     require(names, f"--compare {a} {b}: must be the folders of two runs with rewards and steps in "
             "common")
 
     ok = True
     print("reward            steps           A         B  difference")
-    tens = [steps[i:i + 10] for i in range(0, len(steps), 10)]
+    parts = [steps[i:i + 10] for i in range(0, len(steps), 10)] + [steps]
     for name in names:
-        for part in [*tens, steps]:
-            mean_a, mean_b, std = (np.mean([run[step][key] for step in part]) for run, key in (
-                (runs[0], name), (runs[1], name), (runs[0], f"{name}_std")))
+        for part in parts:
+            mean_a, mean_b = (np.mean([run[step][name] for step in part]) for run in runs)
+            std = np.mean([runs[0][step][f"{name}_std"] for step in part])
             difference = (mean_b - mean_a) / max(abs(mean_a), std)
             ok = ok and abs(difference) <= 0.05  # False if it is not finite
             print(f"{printable(name):12}{part[0]:5} to {part[-1]:5}{mean_a:12.4f}{mean_b:10.4f}"
                   f"{difference:+12.2%}")
     left_out = len(runs[0].keys() ^ runs[1].keys())
-    print(f"{len(steps)} steps compared, {left_out} that only one of them has left out")
+    print(f"{len(steps)} steps compared; {left_out}, which one of the runs lacks, left out")
 
     pictures = {}
-    for folder in folders:
-        for file in sorted(Path(folder, "images").glob("step_*.png"))[-1:]:
-            pictures[f"{folder}, step {int(file.stem[5:])}"] = file
-    plot(Path(b) / "compare.png", folders, pictures)
+    for folder in (a, b):
+        file = max(Path(folder, "images").glob("step_*.png"), default=Path("none"))
+        pictures[f"{folder}, {file.stem}"] = file
+    plot(Path(b) / "compare.png", [a, b], pictures)
     print(f"look at {b}/compare.png\ncompare {'OK' if ok else 'OFF'}")
     return ok
 
@@ -1899,13 +1919,14 @@ def check_inputs(cfg, step_prompts, world):
 
 @contextmanager
 def stop_signals():
-    """List the signals that ask the run to stop: it ends its step and saves. A second one kills."""
+    """List the signals that ask the run to stop: it ends its step and saves. A second one ends it
+    at once."""
     received, before = [], {}
 
     def note(number, _):
+        if received:
+            raise KeyboardInterrupt
         received.append(number)
-        for known in before:
-            signal.signal(known, signal.SIG_DFL)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         number = getattr(signal, name)
