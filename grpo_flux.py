@@ -70,7 +70,7 @@ from tqdm import tqdm
 import reward
 from reward import BadInput, atomic_write, bad_input_if_fails, printable, remove, require
 
-# ------------------------------------------------------------------------------------------- draws
+# ----------------------------------------------------------------------------------- draws
 
 # The purpose of a draw, the second number of its key.
 LATENTS, NOISE, TRAIN_STEPS, PROMPTS, HELD_OUT, WINDOW = range(6)
@@ -80,8 +80,9 @@ on_draw = None  # --record and --replay put a function (draw, key) -> draw here
 def randn(shape, *key):
     """Draw standard normal fp32 numbers of this shape; equal keys give equal numbers anywhere.
 
-    key: (seed, purpose, step, prompt_index, sample, t) or a prefix of it. numpy's normal sampler
-    hardly calls the system's libm, so it is reproducible; rounding to fp32 removes the rest.
+    key: (seed, purpose, step, prompt_index, sample, t) or a prefix of it. numpy's normal
+    sampler hardly calls the system's libm, so it is reproducible; rounding to fp32 removes
+    the rest.
     """
     numbers = np.random.default_rng(key).standard_normal(shape)
     draw = torch.from_numpy(numbers.astype(np.float32))
@@ -99,7 +100,7 @@ def send(tensor, device):
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
 
-# ---------------------------------------------------------------------------------------- flow SDE
+# -------------------------------------------------------------------------------- flow SDE
 
 def sigma_schedule(sampling_steps: int, shift: float) -> list[float]:
     """Return T + 1 noise levels σ of T denoising steps, from 1.0 (noise) down to 0.0 (image).
@@ -112,10 +113,10 @@ def sigma_schedule(sampling_steps: int, shift: float) -> list[float]:
 def sde_mean_std(v, x, sigma, sigma_next, eta, sde="dance"):
     """Return the mean (B, L, C) and std of the Gaussian from which an SDE step draws x_next.
 
-    The SDE adds noise to the ODE dx = v dσ, and corrects its drift with the score ∇ log p(x), so
-    that for small steps x is distributed as under the ODE. x1 is standard normal, hence x given
-    x0 is N((1 - σ) x0, σ²), and Tweedie's formula gives the score with x0 = x - σ v, the mean of
-    x0 given x, in its place. With dt = σ' - σ < 0:
+    The SDE adds noise to the ODE dx = v dσ, and corrects its drift with the score ∇ log p(x),
+    so that for small steps x is distributed as under the ODE. x1 is standard normal, hence x
+    given x0 is N((1 - σ) x0, σ²), and Tweedie's formula gives the score with x0 = x - σ v,
+    the mean of x0 given x, in its place. With dt = σ' - σ < 0:
 
       dance  score = -(x - (1 - σ) x0) / σ²;  mean = x + v dt - ½ η² score dt;  std = η√-dt
              (DanceGRPO, arXiv 2505.07818)
@@ -146,18 +147,19 @@ def flux_step(v, x, sigma, sigma_next, eta, sde="dance",
               noise=None, x_next=None):
     """Take one denoising step σ -> σ', or score one that was taken: (x_next, x0, logp).
 
-    A rectified flow interpolates image and noise, x = (1 - σ) x0 + σ x1, and the model predicts
-    v = x1 - x0. The ODE dx = v dσ turns noise into an image deterministically, so its steps have
-    no probability to raise. Those of an SDE have one: x_next ~ N(mean, std²), see sde_mean_std.
+    A rectified flow interpolates image and noise, x = (1 - σ) x0 + σ x1, and the model
+    predicts v = x1 - x0. The ODE dx = v dσ turns noise into an image deterministically, so
+    its steps have no probability to raise. Those of an SDE have one: x_next ~ N(mean, std²),
+    see sde_mean_std.
 
     v, x, noise, x_next: (B, L, C) fp32. sigma, sigma_next: floats or tensors (B, 1, 1). Give
-    exactly one of noise, to take a step, and x_next, to score one. With eta = 0 the step is the
-    ODE's and needs neither. Raises ValueError for another sde than dance, flow or cps.
+    exactly one of noise, to take a step, and x_next, to score one. With eta = 0 the step is
+    the ODE's and needs neither. Raises ValueError for another sde than dance, flow or cps.
 
-    Returns x_next (B, L, C); x0 (B, L, C), the image that v points to; and logp (B,), the mean
-    over L and C of log N(x_next; mean, std²), nan if eta = 0. With the sum over all L C numbers
-    the ratio exp(logp - logp_old) would be 0 or infinite after any update; the mean gives its
-    (L C)-th root, so the clip range is 1e-4 and not 0.2.
+    Returns x_next (B, L, C); x0 (B, L, C), the image that v points to; and logp (B,), the
+    mean over L and C of log N(x_next; mean, std²), nan if eta = 0. With the sum over all L C
+    numbers the ratio exp(logp - logp_old) would be 0 or infinite after any update; the mean
+    gives its (L C)-th root, so the clip range is 1e-4 and not 0.2.
     """
     if sde not in ("dance", "flow", "cps"):
         raise ValueError(f"sde {sde!r} must be dance, flow or cps")
@@ -190,10 +192,11 @@ def gaussian_kl(v, v_reference, x, sigma, sigma_next, eta, sde="dance"):
     kl = (mean - mean_reference) ** 2 / (2 * std**2)
     return kl.mean(dim=(1, 2))
 
-# -------------------------------------------------------------------------------------------- GRPO
+# ------------------------------------------------------------------------------------ GRPO
 
 def group_advantages(rewards, num_generations, eps=1e-8):
-    """(B,) rewards, group by group -> (B,) advantages: (r - mean) / (std + eps) within a group.
+    """(B,) rewards, group by group -> (B,) advantages: (r - mean) / (std + eps) within a
+    group.
 
     Unbiased std, as in DanceGRPO. A group of equal rewards gets exactly 0: the formula alone
     would divide the rounding error of its mean by eps.
@@ -209,9 +212,9 @@ def grpo_loss(logp, logp_old, advantages, clip_range, adv_clip_max):
     """PPO's clipped loss (Schulman et al., arXiv 1707.06347, section 3): the mean of
     max(-A ρ, -A clip(ρ, 1 - ε, 1 + ε)) with ρ = exp(logp - logp_old).
 
-    logp (of the current policy, with gradient), logp_old (of the rollout), advantages A: (B,).
-    Returns the loss and a dict of scalars: the mean ratio, the largest |ρ - 1|, and the share of
-    samples whose gradient the clip has made 0.
+    logp (of the current policy, with gradient), logp_old (of the rollout), advantages A:
+    (B,). Returns the loss and a dict of scalars: the mean ratio, the largest |ρ - 1|, and the
+    share of samples whose gradient the clip has made 0.
     """
     A = advantages.clamp(-adv_clip_max, adv_clip_max)
     ratio = (logp - logp_old).exp()
@@ -228,7 +231,7 @@ def grpo_loss(logp, logp_old, advantages, clip_range, adv_clip_max):
     }
     return loss, stats
 
-# ----------------------------------------------------------------------------------------- rollout
+# --------------------------------------------------------------------------------- rollout
 
 def plan_step(step, cfg, rank=0, world=1):
     """Return the keys (step, prompt_index, sample) of this process's samples, B = P G / world.
@@ -256,8 +259,8 @@ def plan_step(step, cfg, rank=0, world=1):
 def sde_steps(step, cfg):
     """Return the range of denoising steps of a GRPO step that are stochastic.
 
-    All but the last, or a window of them that moves (MixGRPO, Li et al., arXiv 2507.21802). The
-    other steps are the ODE's.
+    All but the last, or a window of them that moves (MixGRPO, Li et al., arXiv 2507.21802).
+    The other steps are the ODE's.
     """
     W = cfg.sde_window or cfg.sampling_steps - 1
     positions = cfg.sampling_steps - W
@@ -271,8 +274,9 @@ def sde_steps(step, cfg):
 def num_train_steps(cfg):
     """Return K, how many of its W SDE steps a sample trains on.
 
-    timestep_fraction 0 stands for DanceGRPO's 0.6, but for all of them if there are few: a window
-    is chosen to be trained, and 0.6 of the 3 SDE steps of a 4-step model would leave 1.
+    timestep_fraction 0 stands for DanceGRPO's 0.6, but for all of them if there are few: a
+    window is chosen to be trained, and 0.6 of the 3 SDE steps of a 4-step model would leave
+    1.
     """
     W = cfg.sde_window or cfg.sampling_steps - 1
     fraction = cfg.timestep_fraction
@@ -291,10 +295,10 @@ Trajectory = namedtuple("Trajectory", [
 def rollout(predict, x, text, keys, cfg, eta, window=None):
     """Turn noise x (B, L, C) into images: a Trajectory.
 
-    eta > 0 takes SDE steps inside the window (all but the last, if none is given) and ODE steps
-    outside of it; eta = 0 takes ODE steps alone and needs no keys. keys[i] = (step,
-    prompt_index, sample) names the noise of sample i. The last step is deterministic, so its x0
-    is the image.
+    eta > 0 takes SDE steps inside the window (all but the last, if none is given) and ODE
+    steps outside of it; eta = 0 takes ODE steps alone and needs no keys. keys[i] = (step,
+    prompt_index, sample) names the noise of sample i. The last step is deterministic, so its
+    x0 is the image.
     """
     T = cfg.sampling_steps
     sigmas = torch.tensor(sigma_schedule(T, cfg.shift))
@@ -363,7 +367,7 @@ def denoise(predict, x, text, keys, steps, sigmas, window, cfg, eta):
         results.append((x_t, states, x0, logps))
     return [torch.cat(part) for part in zip(*results)]
 
-# ------------------------------------------------------------------------------------------ update
+# ---------------------------------------------------------------------------------- update
 
 FIRST_RATIO_LIMIT = 1e-5  # of |ρ - 1| before the first optimizer step; right code gives exactly 0
 
@@ -372,13 +376,14 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg,
            first_ratio_limit=FIRST_RATIO_LIMIT, report=None):
     """Train on a rollout once, an optimizer step for each S samples: a dict of statistics.
 
-    advantages (B,). Each sample trains on K of its SDE steps, chosen at random for itself. Only
-    the first optimizer step is on-policy, so its ratio must be 1, else FloatingPointError.
+    advantages (B,). Each sample trains on K of its SDE steps, chosen at random for itself.
+    Only the first optimizer step is on-policy, so its ratio must be 1, else
+    FloatingPointError.
 
     reference: predict of the model that kl_beta keeps the policy close to. window: as in
-    rollout. useful: for each optimizer step whether any process has an advantage that is not 0;
-    the others are left out. report: called with the statistics of each optimizer step. The host
-    waits for the device once per optimizer step, at its end.
+    rollout. useful: for each optimizer step whether any process has an advantage that is not
+    0; the others are left out. report: called with the statistics of each optimizer step. The
+    host waits for the device once per optimizer step, at its end.
     """
     sigmas, states, _, logp_old = trajectory
     device = states.device
@@ -451,7 +456,8 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg,
     return summarize(history)
 
 def optimizer_step(optimizer, sums, max_grad_norm, first_ratio_limit=math.inf):
-    """Clip the gradient, step unless it is not finite, and return the statistics as numbers."""
+    """Clip the gradient, step unless it is not finite, and return the statistics as
+    numbers."""
     parameters = optimizer.param_groups[0]["params"]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     if hasattr(norm, "full_tensor"):  # a DTensor under FSDP
@@ -490,11 +496,11 @@ def summarize(history):
         summary["ratio_max_dev"] = max(deviations)
     return summary
 
-# ------------------------------------------------------------------------------------- a GRPO step
+# ----------------------------------------------------------------------------- a GRPO step
 
 def train_step(step, run):
-    """Take GRPO step number `step`, from 0. Return scores {reward: (P G,)} and advantages (P G,)
-    of all processes, group by group, and the statistics of this process's update."""
+    """Take GRPO step number `step`, from 0. Return scores {reward: (P G,)} and advantages (P
+    G,) of all processes, group by group, and the statistics of this process's update."""
     cfg, policy, tape = run.cfg, run.policy, run.tape
     G = cfg.num_generations
     tape.open(step)
@@ -553,15 +559,16 @@ def train_step(step, run):
 
 # The algorithm ends here. What follows loads models, saves, records and draws.
 
-# ------------------------------------------------------------------------------------ FLUX's format
+# --------------------------------------------------------------------------- FLUX's format
 
 def velocity(transformer, x, sigma, text, ids, guidance, bf16):
-    """Return v (B, L, C) in fp32. This is the only call of the transformer; the algorithm knows it
-    as predict(x, sigma, text).
+    """Return v (B, L, C) in fp32. This is the only call of the transformer; the algorithm
+    knows it as predict(x, sigma, text).
 
     x (B, L, C) fp32; sigma (B, 1, 1); text: T5's embeddings (B, N, E) and CLIP's pooled one
-    (B, E'); ids: image_ids (L, 3); guidance: for models that have that input. bf16: the weights
-    that the transformer computes with are bf16, and so are its inputs, as diffusers samples it.
+    (B, E'); ids: image_ids (L, 3); guidance: for models that have that input. bf16: the
+    weights that the transformer computes with are bf16, and so are its inputs, as diffusers
+    samples it.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     prompt_embeds, pooled = text
@@ -596,14 +603,16 @@ def unpack_latents(x, h, w):
     return x.reshape(B, C // 4, h, w)
 
 def image_ids(h, w):
-    """(h/2 * w/2, 3): the position (0, row, column) of each token, for the rotary embedding."""
+    """(h/2 * w/2, 3): the position (0, row, column) of each token, for the rotary
+    embedding."""
     rows, columns = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
     positions = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1)
     return positions.view(-1, 3).float()
 
 @torch.no_grad()
 def decode(vae, x0, grid, micro_batch):
-    """Decode latents (B, L, C) of a grid (h, w) to images (B, 3, H, W) in [0, 1], without tiling.
+    """Decode latents (B, L, C) of a grid (h, w) to images (B, 3, H, W) in [0, 1], without
+    tiling.
 
     They are rounded to 8 bits, so that a reward sees what a file of the image would hold.
     """
@@ -615,11 +624,11 @@ def decode(vae, x0, grid, micro_batch):
         images.append((image.clamp(0, 1) * 255).round() / 255)
     return torch.cat(images)
 
-# ------------------------------------------------------------------------------------------ config
+# ---------------------------------------------------------------------------------- config
 
 def flag(default, help, low=None, high=None, choices=(), resume="same"):
-    """A field of Config. Its metadata makes --help, checks the value, and says what a run that is
-    resumed, or a replay, may give differently.
+    """A field of Config. Its metadata makes --help, checks the value, and says what a run
+    that is resumed, or a replay, may give differently.
 
     resume: "same", it decides what is sampled, scored and logged, and must be that of the run;
     "tuned", it tunes the update, and a change is printed; "free", where and how to compute;
@@ -748,7 +757,7 @@ FLAG_GROUPS = {"model": "model and device", "reward": "reward", "num_prompts": "
                "learning_rate": "update", "save_every": "checkpoints and evaluation",
                "record": "the same numbers on another device"}
 
-# -------------------------------------------------------------------------------------------- tape
+# ------------------------------------------------------------------------------------ tape
 
 # How far a replay may be from its record: {stage: (measure, limit in fp32, in bf16)}, in the order
 # of a GRPO step. relative: sum of |a - b| over sum of |b|; mean: mean of |a - b|. In fp32 a CPU and
@@ -773,17 +782,18 @@ TAPE_NAMES = re.compile(rf"({'|'.join(DRAWS.values())})(_\d+)+|({'|'.join(TOLERA
 BY_SAMPLE = ("text.", "latents.", "logp.", "images.", "reward.", "advantages.")  # a row for each
 
 class Tape:
-    """Record a run's random draws and the results of every stage, or replay them: take the draws
-    from the record, and compare the results with it.
+    """Record a run's random draws and the results of every stage, or replay them: take the
+    draws from the record, and compare the results with it.
 
-    A record has config.json and one safetensors file for each GRPO step and process. Draws are
-    initial_noise_STEP_PROMPT_SAMPLE (c, h, w), noise_STEP_PROMPT_SAMPLE_t (L, C),
-    train_steps_STEP_PROMPT_SAMPLE, the order of the SDE steps, of which the first K are trained,
-    and window_STEP. STEP counts from 1, all others from 0; SAMPLE is 0 in initial_noise if a
-    group shares it. Results are STAGE.NUMBER, with a row for each sample of the process in the
-    order of plan_step. For velocity and velocity_in_update NUMBER counts the calls of predict; on
-    another number of processes they are other calls, and are not compared. loss and grad_norm are
-    single numbers, means over processes, and NUMBER counts optimizer steps.
+    A record has config.json and one safetensors file for each GRPO step and process. Draws
+    are initial_noise_STEP_PROMPT_SAMPLE (c, h, w), noise_STEP_PROMPT_SAMPLE_t (L, C),
+    train_steps_STEP_PROMPT_SAMPLE, the order of the SDE steps, of which the first K are
+    trained, and window_STEP. STEP counts from 1, all others from 0; SAMPLE is 0 in
+    initial_noise if a group shares it. Results are STAGE.NUMBER, with a row for each sample
+    of the process in the order of plan_step. For velocity and velocity_in_update NUMBER
+    counts the calls of predict; on another number of processes they are other calls, and are
+    not compared. loss and grad_norm are single numbers, means over processes, and NUMBER
+    counts optimizer steps.
     """
 
     def __init__(self, cfg, rank, world):
@@ -861,8 +871,8 @@ class Tape:
         return results[0]
 
     def close(self, history):
-        """End a GRPO step with the statistics of its optimizer steps: write the step, or compare
-        it with the recorded one."""
+        """End a GRPO step with the statistics of its optimizer steps: write the step, or
+        compare it with the recorded one."""
         if not self.active:
             return
         for stats in history:
@@ -952,7 +962,7 @@ def check_record(cfg, step_prompts):
     require(any(name.startswith(BY_SAMPLE) for name in names),
             f"--replay {cfg.replay}: has no results to compare with")
 
-# --------------------------------------------------------------------------------------- processes
+# ------------------------------------------------------------------------------- processes
 
 def init_distributed(name):
     """Select the device, and join torchrun's processes: device, rank, world size."""
@@ -1003,7 +1013,7 @@ def shard(transformer, device, dtype, keep_gathered=True):
         fully_shard(part, mesh=mesh, mp_policy=precision, reshard_after_forward=not keep_gathered)
     transformer.set_reshard_after_backward(not keep_gathered)
 
-# ------------------------------------------------------------------------------------------ models
+# ---------------------------------------------------------------------------------- models
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # the linear layers that get adapters: those of attention and feed-forward in every block
@@ -1015,7 +1025,8 @@ def blocks(transformer):
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 def read_model_config(model):
-    """Return the transformer's config; refuse a pipeline that is not FLUX.1's text-to-image."""
+    """Return the transformer's config; refuse a pipeline that is not FLUX.1's
+    text-to-image."""
     with bad_input_if_fails(
             f"--model {model}: must be tiny, or a folder or hub name of FLUX.1 for diffusers, its "
             "licence accepted (`hf auth login`), its files whole (`git lfs pull`)"):
@@ -1027,8 +1038,9 @@ def read_model_config(model):
     return config
 
 class LoraLinear(torch.nn.Module):
-    """A frozen linear layer with a low-rank update: y = W x + b + alpha / rank · B A x, where B
-    starts at 0 (Hu et al., arXiv 2106.09685). Two matrix products more, and no other kernel."""
+    """A frozen linear layer with a low-rank update: y = W x + b + alpha / rank · B A x, where
+    B starts at 0 (Hu et al., arXiv 2106.09685). Two matrix products more, and no other
+    kernel."""
 
     def __init__(self, base, rank, alpha):
         super().__init__()
@@ -1060,11 +1072,13 @@ def add_adapters(transformer, rank, alpha, seed):
                 setattr(transformer.get_submodule(parent), child, adapted)
 
 def load_transformer(cfg, device, trained=True):
-    """Load the transformer: all weights in fp32, or frozen ones in cfg.dtype and fp32 adapters.
+    """Load the transformer: all weights in fp32, or frozen ones in cfg.dtype and fp32
+    adapters.
 
-    Several processes shard it with FSDP2: each keeps a part of the weights, and of the mean of all
-    gradients. One process reads the weights, the others build meta tensors. A model that is not
-    trained, the reference of kl_beta, is freed again block by block after each call.
+    Several processes shard it with FSDP2: each keeps a part of the weights, and of the mean
+    of all gradients. One process reads the weights, the others build meta tensors. A model
+    that is not trained, the reference of kl_beta, is freed again block by block after each
+    call.
     """
     dtype = DTYPES[cfg.dtype] if cfg.lora_rank else torch.float32
     weights = {}
@@ -1086,7 +1100,8 @@ def load_transformer(cfg, device, trained=True):
     return transformer
 
 def prepare_policy(transformer, cfg):
-    """Add adapters, gradient checkpointing, an attention backend and compilation, as cfg says."""
+    """Add adapters, gradient checkpointing, an attention backend and compilation, as cfg
+    says."""
     if cfg.lora_rank:
         add_adapters(transformer, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
 
@@ -1115,8 +1130,8 @@ def trained_parameters(transformer):
 def fp32_masters(parameters):
     """Turn parameters to bf16, and return fp32 masters of them, which the optimizer moves.
 
-    The model computes with the bf16 ones; each backward adds their gradients to the masters' in
-    fp32. FSDP does the same by itself.
+    The model computes with the bf16 ones; each backward adds their gradients to the masters'
+    in fp32. FSDP does the same by itself.
     """
     masters = {}
     for name, p in parameters.items():
@@ -1137,9 +1152,9 @@ def fp32_masters(parameters):
 def one_graph(predict, size):
     """Return a predict that runs one compiled graph in all of its calls, that of training.
 
-    inductor compiles a graph without gradients differently, and one of another batch size, and
-    they round differently: the first ratio would not be 1. So every call has gradients, which are
-    thrown away if nobody wants them, and as many rows as a micro-batch.
+    inductor compiles a graph without gradients differently, and one of another batch size,
+    and they round differently: the first ratio would not be 1. So every call has gradients,
+    which are thrown away if nobody wants them, and as many rows as a micro-batch.
     """
     def predict_padded(x, sigma, text):
         count = len(x)
@@ -1212,7 +1227,8 @@ class Policy:
         return v
 
     def check_gradients(self):
-        """Refuse an attention kernel without a backward: what is behind it would stay untrained."""
+        """Refuse an attention kernel without a backward: what is behind it would stay
+        untrained."""
         missing = [name for name, p in self.parameters.items() if p.grad is None]
         require(not missing, f"--attention {self.attention}: {len(missing)} of "
                 f"{len(self.parameters)} trained parameters got no gradient, such as "
@@ -1220,14 +1236,15 @@ class Policy:
 
     @torch.no_grad()
     def pass_on_weights(self):
-        """Let the model compute with weights that have changed: round masters to bf16, and free
-        what FSDP has gathered of the old ones."""
+        """Let the model compute with weights that have changed: round masters to bf16, and
+        free what FSDP has gathered of the old ones."""
         if self.parameters is not self.computing:
             torch._foreach_copy_(list(self.computing.values()), list(self.parameters.values()))
         reshard(self.transformer)
 
     def steps_taken(self):
-        """Return the number of optimizer steps since the start, those before a resume as well."""
+        """Return the number of optimizer steps since the start, those before a resume as
+        well."""
         return int(next(iter(self.optimizer.state.values()))["step"])
 
     def update_ema(self, decay):
@@ -1245,7 +1262,8 @@ class Policy:
 
     @contextmanager
     def ema_weights(self):
-        """Exchange the weights for their moving averages, if there are any, inside the block."""
+        """Exchange the weights for their moving averages, if there are any, inside the
+        block."""
         self.exchange_averages()
         try:
             yield
@@ -1280,7 +1298,8 @@ class Policy:
         self.pass_on_weights()
 
     def export(self, cfg, folder, rank):
-        """Write what diffusers reads: a LoRA for FluxPipeline.load_lora_weights, or the model."""
+        """Write what diffusers reads: a LoRA for FluxPipeline.load_lora_weights, or the
+        model."""
         weights = {}
         for name, p in self.parameters.items():
             full = p.full_tensor() if hasattr(p, "full_tensor") else p  # every process takes part
@@ -1306,11 +1325,12 @@ def reshard(transformer):
         if isinstance(part, FSDPModule):
             part.reshard()
 
-# ----------------------------------------------------------------------------------------- the run
+# --------------------------------------------------------------------------------- the run
 
 class Run:
-    """What all GRPO steps share: models, rewards {name: (weight, function)}, step_prompts (P for
-    each step), shape (c, h, w) of latents, out (the folder that everything is written to)."""
+    """What all GRPO steps share: models, rewards {name: (weight, function)}, step_prompts (P
+    for each step), shape (c, h, w) of latents, out (the folder that everything is written
+    to)."""
 
     def __init__(self, cfg, prompts, out, device, rank, world):
         self.out, self.device, self.rank, self.world = out, device, rank, world
@@ -1344,7 +1364,8 @@ class Run:
 
     @torch.no_grad()
     def encode_prompts(self, cfg):
-        """Embed the prompts of the run, once, by its first process: {prompt: file in out/.text}."""
+        """Embed the prompts of the run, once, by its first process: {prompt: file in
+        out/.text}."""
         diffusers.logging.set_verbosity_error()  # else it prints what it cuts, whatever that holds
         files, folder = {}, self.out / ".text"
         for prompt in itertools.chain(self.eval_prompts, *self.step_prompts[:cfg.steps]):
@@ -1381,7 +1402,8 @@ class Run:
         return tuple(both)
 
     def label(self, scores):
-        """Name scores for metrics: "reward" if just one is trained; by name, if there are more."""
+        """Name scores for metrics: "reward" if just one is trained; by name, if there are
+        more."""
         trained = [name for name, (weight, _) in self.rewards.items() if weight]
         labels = {}
         if len(trained) == 1:
@@ -1391,8 +1413,8 @@ class Run:
         return labels
 
     def evaluate(self, step):
-        """Sample held-out noise with the ODE, the same each time, and return the mean scores; the
-        processes share the work. In the tiny world a judge looks, too."""
+        """Sample held-out noise with the ODE, the same each time, and return the mean scores;
+        the processes share the work. In the tiny world a judge looks, too."""
         cfg, count = self.cfg, self.cfg.eval_images
         share = math.ceil(count / self.world)
         mine = [i % count for i in range(self.rank * share, (self.rank + 1) * share)]
@@ -1424,7 +1446,8 @@ class Run:
             save_image(images, path, nrow=4, format="png")
 
     def metrics(self, step, scores, advantages, stats):
-        """Return the line of metrics.jsonl: means over all processes; the largest of deviations."""
+        """Return the line of metrics.jsonl: means over all processes; the largest of
+        deviations."""
         G, line = self.cfg.num_generations, {}
         for name, r in self.label(scores).items():
             line[name] = r.mean()
@@ -1438,7 +1461,8 @@ class Run:
             name: float(f"{value:.7g}") for name, value in line.items()}
 
     def open(self, info, done):
-        """Write config.json, clear what a kill has left, and keep the metrics up to step `done`."""
+        """Write config.json, clear what a kill has left, and keep the metrics up to step
+        `done`."""
         write_json(self.out / "config.json", info)  # first: it marks the folder as a run's
         for folder in (self.out, self.out / "images", self.out / "checkpoints"):
             folder.mkdir(exist_ok=True)
@@ -1471,8 +1495,8 @@ class Run:
         print(f"look at {self.out}/before_after.png; for diffusers: {self.out}/export")
 
 def explain_gradient(step, history, taken):
-    """Return the line about a GRPO step in which no optimizer step had a finite gradient, after so
-    many that were taken before."""
+    """Return the line about a GRPO step in which no optimizer step had a finite gradient,
+    after so many that were taken before."""
     loss = "finite"
     if not all(math.isfinite(stats["loss"]) for stats in history):
         loss = "not finite"
@@ -1485,8 +1509,8 @@ def explain_gradient(step, history, taken):
             f". Likely causes, in this order: {', '.join(causes)}")
 
 def equal_micro_batch(cfg, world):
-    """Return the largest number up to --micro_batch that divides a process's part of S: rollout and
-    update then use the same one in every call."""
+    """Return the largest number up to --micro_batch that divides a process's part of S:
+    rollout and update then use the same one in every call."""
     part = cfg.batch_size // world
     fitting = [n for n in range(1, min(part, cfg.micro_batch) + 1) if part % n == 0]
     return fitting[-1]
@@ -1504,7 +1528,7 @@ def check_tokenizer(tokenizer, encoder):
     require(0.9 * size <= len(tokenizer) <= size, f"a tokenizer has {len(tokenizer)} tokens, its "
             f"encoder {size}: files of it are missing")
 
-# ------------------------------------------------------------------------------- metrics and plots
+# ----------------------------------------------------------------------- metrics and plots
 
 # What a curve is called in README's tables, where that is not the metric's name.
 CURVES = {"held_out": "held-out reward", "accuracy": "right prompt, by HPS",
@@ -1568,9 +1592,9 @@ def write_json(path, value):
         work.write_text(json.dumps(value, indent=1))
 
 def compare_runs(a, b):
-    """Print the rewards of two runs side by side, and return whether their means over every ten
-    steps, and over all, are within 5 % of each other: of the mean, or where it is near 0 of the
-    standard deviation within a group."""
+    """Print the rewards of two runs side by side, and return whether their means over every
+    ten steps, and over all, are within 5 % of each other: of the mean, or where it is near 0
+    of the standard deviation within a group."""
     runs = []
     for folder in (a, b):
         lines = [line for line in read_metrics(folder) if "zero_std_frac" in line]
@@ -1599,7 +1623,7 @@ def compare_runs(a, b):
     print(f"compare {'OK' if ok else 'OFF'}")
     return ok
 
-# -------------------------------------------------------------------------- checkpoints and resume
+# ------------------------------------------------------------------ checkpoints and resume
 
 # what config.json holds beside the flags
 NOT_FLAGS = {"machine", "versions", "fingerprints"}
@@ -1607,8 +1631,9 @@ NOT_FLAGS = {"machine", "versions", "fingerprints"}
 FILE_FLAGS = ("model", "prompts", "hps", "hps_arch", "clip", "clip_arch", "pickscore")
 
 def fingerprint(name):
-    """Return a hash of a file or of all files in a folder: names, sizes and the last 16 MB of each.
-    So a moved model is recognised. What is neither, such as a name of the hub, stands for itself.
+    """Return a hash of a file or of all files in a folder: names, sizes and the last 16 MB of
+    each. So a moved model is recognised. What is neither, such as a name of the hub, stands
+    for itself.
     """
     path = Path(name)
     if not name or name == "tiny" or not path.exists():
@@ -1694,8 +1719,8 @@ def find_checkpoint(cfg, out):
     return folder
 
 def check_same_experiment(cfg, folder):
-    """Refuse to resume another experiment than the checkpoint's. Return the flags of the update
-    that have changed since, as text."""
+    """Refuse to resume another experiment than the checkpoint's. Return the flags of the
+    update that have changed since, as text."""
     then = read_run_config(folder.parent.parent)
     changes = []
     for f in fields(Config):
@@ -1713,7 +1738,7 @@ def check_same_experiment(cfg, folder):
         changes.append(f"{f.name} {theirs} -> {ours}")
     return ", ".join(changes)
 
-# --------------------------------------------------------------------------------------- tiny FLUX
+# ------------------------------------------------------------------------------- tiny FLUX
 
 TINY = dict(  # the defaults of --model tiny, where they differ
     steps=180, height=32, width=32, text_length=4, sampling_steps=6, eta=0.7, num_prompts=4,
@@ -1742,7 +1767,8 @@ def tiny_models(cfg):
     return settings
 
 def build_tiny(folder):
-    """Build a tiny FLUX.1 for diffusers, which draws well but ignores prompts, and a tiny HPS."""
+    """Build a tiny FLUX.1 for diffusers, which draws well but ignores prompts, and a tiny
+    HPS."""
     print("building the tiny models, once, a minute or two", flush=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -1802,8 +1828,8 @@ def miscaption(labels, share):
 def build_tiny_flux(pipe, images, labels):
     """Train a FluxTransformer2DModel, 1.85 M parameters, by flow matching: v = noise - image.
 
-    It learns to draw but hardly to follow prompts, as most captions are random: what GRPO teaches,
-    to draw what was asked for, anybody can see.
+    It learns to draw but hardly to follow prompts, as most captions are random: what GRPO
+    teaches, to draw what was asked for, anybody can see.
     """
     cfg, vae, captions = Config(**TINY), pipe.vae, miscaption(labels, MISCAPTIONED)
     with torch.no_grad():
@@ -1827,7 +1853,7 @@ def build_tiny_flux(pipe, images, labels):
                title=f"tiny FLUX (2/3): draws well; {MISCAPTIONED:.0%} of captions are random")
     return transformer
 
-# -------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------ main
 
 def read_command_line(argv):
     """Return Config from flags, and for --replay the prompts of each recorded GRPO step."""
@@ -1854,8 +1880,8 @@ def read_command_line(argv):
     return Config(**defaults | given), step_prompts
 
 def explain_flag(f):
-    """Return the line of --help about a flag: its help, choices, default, and limits that a person
-    could leave."""
+    """Return the line of --help about a flag: its help, choices, default, and limits that a
+    person could leave."""
     notes = list(f.metadata["choices"])
     if f.default not in ("", ()):
         notes.append(f"default {f.default}")
@@ -1870,8 +1896,8 @@ def explain_flag(f):
     return text.replace("%", "%%")
 
 def check_inputs(cfg, step_prompts, world):
-    """Refuse what cannot work before a model is loaded; return the P prompts of each GRPO step,
-    and those of the evaluations."""
+    """Refuse what cannot work before a model is loaded; return the P prompts of each GRPO
+    step, and those of the evaluations."""
     P, steps = cfg.num_prompts, cfg.steps
     require(cfg.batch_size % world == 0, f"--batch_size {cfg.batch_size}: must be a multiple of "
             f"the number of processes, {world}")
@@ -1902,8 +1928,8 @@ def check_inputs(cfg, step_prompts, world):
 
 @contextmanager
 def stop_signals():
-    """List the signals that ask the run to stop: it ends its step and saves. A second one ends it
-    at once."""
+    """List the signals that ask the run to stop: it ends its step and saves. A second one
+    ends it at once."""
     received, before = [], {}
 
     def note(number, _):
@@ -1922,7 +1948,8 @@ def stop_signals():
             signal.signal(number, handler)
 
 def train(run, info, checkpoint):
-    """Train from the checkpoint, or from the start, to the last step; save, evaluate and export."""
+    """Train from the checkpoint, or from the start, to the last step; save, evaluate and
+    export."""
     cfg, out, policy = run.cfg, run.out, run.policy
     done = step_of(checkpoint) if checkpoint else 0
     if checkpoint:
@@ -1992,8 +2019,8 @@ def remove_old_checkpoints(out, keep_last):
             print(printable(f"warning: an old checkpoint stays: {error}"), file=sys.stderr)
 
 def replay(cfg, prompts):
-    """Replay a record and return whether it agrees. Nothing is written but embeddings of prompts,
-    to a temporary folder of the first process."""
+    """Replay a record and return whether it agrees. Nothing is written but embeddings of
+    prompts, to a temporary folder of the first process."""
     device, rank, world = start_processes(cfg)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(cfg, prompts, Path(gather(folder)[0]), device, rank, world)
@@ -2063,7 +2090,8 @@ def start_run(cfg, prompts):
         lock.release()
 
 def explain(error):
-    """Return one line for an error that a user can act on; None for one that needs a traceback."""
+    """Return one line for an error that a user can act on; None for one that needs a
+    traceback."""
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
     if isinstance(error, torch.OutOfMemoryError):
         return ("out of memory: --gradient_checkpointing 1, a lower --micro_batch and LoRA "
