@@ -1025,16 +1025,12 @@ def blocks(transformer):
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 def read_model_config(model):
-    """Return the transformer's config; refuse a pipeline that is not FLUX.1's
-    text-to-image."""
-    with bad_input_if_fails(
-            f"--model {model}: must be tiny, or a folder or hub name of FLUX.1 for diffusers, its "
-            "licence accepted (`hf auth login`), its files whole (`git lfs pull`)"):
-        kind = diffusers.FluxPipeline.load_config(model)["_class_name"]
-        config = diffusers.FluxTransformer2DModel.load_config(model, subfolder="transformer")
-        require(kind == "FluxPipeline", f"it is a {kind}, must be a FluxPipeline")
-        require("quantization_config" not in config,
-                "its weights are quantized, training needs the original ones")
+    """Return the transformer's config; refuse a pipeline that is not FLUX.1's text-to-image."""
+    kind = diffusers.FluxPipeline.load_config(model)["_class_name"]
+    config = diffusers.FluxTransformer2DModel.load_config(model, subfolder="transformer")
+    require(kind == "FluxPipeline", f"it is a {kind}, must be a FluxPipeline")
+    require("quantization_config" not in config,
+            "its weights are quantized, training needs the original ones")
     return config
 
 class LoraLinear(torch.nn.Module):
