@@ -268,7 +268,7 @@ def sde_steps(step, cfg):
         start = step // cfg.window_shift_every % positions
     else:
         order = randperm(positions, cfg.seed, WINDOW, step)
-        start = int(order[0])
+        start = int(order[0])  # each position is as likely
     return range(start, start + W)
 
 def num_train_steps(cfg):
@@ -910,7 +910,7 @@ class Tape:
         for place, (stage, (measure, fp32, bf16)) in enumerate(TOLERANCES.items()):
             limit = bf16 if self.cfg.dtype == "bf16" else fp32
             rows = [row for row in errors if row[1] == place]
-            wrong = [row for row in rows if not row[-1] <= limit]  # nan, too
+            wrong = [row for row in rows if math.isnan(row[-1]) or row[-1] > limit]
             off += wrong
             word = "OFF" if wrong else "OK" if rows else "not compared"
             count = sum(row[3] for row in rows)
@@ -1958,14 +1958,14 @@ def train(run, info, checkpoint):
     with stop_signals() as received, tqdm(
             total=cfg.steps, initial=done, desc="GRPO", unit="step", disable=run.rank > 0,
             dynamic_ncols=True) as bar:
+        begin = time.monotonic()
         if done == 0:
             run.write({"step": 0} | run.evaluate(0))
         for step in range(done + 1, cfg.steps + 1):
-            begin = time.monotonic()
             line = run.metrics(step, *train_step(step - 1, run))
             if cfg.compile and run.rank == 0 and step == done + 1:
-                bar.write(f"the first GRPO step took {time.monotonic() - begin:.0f} s, with "
-                          "compilation")
+                seconds = time.monotonic() - begin
+                bar.write(f"compilation, with the first GRPO step, took {seconds:.0f} s")
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 line |= run.evaluate(step)
             run.write(line)
