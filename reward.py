@@ -447,10 +447,10 @@ def score(rewards, images, prompts, where):
 
 def read_prompts(path):
     """Return the lines of a UTF-8 text file that are not empty, stripped. Raises BadInput."""
-    must = f"--prompts {path}: must be a text file with one prompt per line"
+    must = f"--prompts {path}: must be a text file in UTF-8 with one prompt per line"
     require(Path(path).suffix.lower() not in (".csv", ".tsv", ".json", ".jsonl"),
             f"{must}, not a table")
-    with bad_input_if_fails(f"{must}, in UTF-8"):
+    with bad_input_if_fails(must):
         text = Path(path).read_text(encoding="utf-8-sig")
         require("\0" not in text, "it holds a zero byte, as UTF-16 and binary files do")
     lines = [line.strip() for line in text.split("\n")]  # splitlines splits at more characters

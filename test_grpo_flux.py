@@ -1001,7 +1001,7 @@ def test_atomic_write(tmp_path):
             raise OSError
         assert path == other and path.exists()
     assert [*tmp_path.rglob("*")] == [final, final / "shard"]
-    with mock.patch("shutil.rmtree", side_effect=PermissionError), pytest.raises(PermissionError):
+    with mock.patch("os.unlink", side_effect=PermissionError), pytest.raises(PermissionError):
         reward.remove(final)  # a kill would leave the same
     assert [file.name for file in tmp_path.iterdir()] == [".old-x"]
     reward.remove(tmp_path / ".old-x")
@@ -1355,7 +1355,7 @@ SCORING = [
     ("pictures --device npu", "CANN"), ("pictures --device tpu", "auto or cuda"),
     *((name, f"{name}: must be a picture") for name in ("cut.png", "page.png", "none.png")),
     ("empty", "must be a picture"), ("pictures", "--prompt (not given)"),
-    ("--prompt x", "required: IMAGE"),
+    ("pictures --batch 4", "unrecognized"),
     ("pictures --prompts one.txt", "1 prompts for 2"),
     ("pictures --prompt x --prompts one.txt", "not allowed with"),
     *((f"pictures --prompt x {flags}", words) for flags, words in {
