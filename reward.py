@@ -592,8 +592,8 @@ def build_tiny_hps(folder, images, labels):
 
 # ------------------------------------------------------------------------------------ command line
 
-ALLOWED = 0.015  # percent of the mean score, on average over the pictures
-# read from a folder; others that Pillow reads are given by name
+ALLOWED = 0.015  # percent of the scores' mean or std, on average over the pictures
+# Read from a folder; others that Pillow can read are given by name.
 PICTURES = ".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .avif .jp2 .ppm"
 FILE = os.path.expanduser  # a shell leaves the ~ of --save=~/x as it is
 FLAGS = (  # name, type, default, help
@@ -641,14 +641,17 @@ def read_image(path):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
 def check_order(paths):
-    """Raise BadInput if numbers in paths fall, as from 10.png to 2.png in a shell's order.
+    """Raise BadInput if paths are alike up to a number that falls, as in a shell's 10.png 2.png.
 
     They are not sorted, as the prompts may be in the order in which the paths are given."""
-    numbered = [path for path in paths if re.search(r"\d", path)]
-    for one, two in pairwise(numbered):
-        require(natural(one) <= natural(two),
-                f"--prompts: {one} comes before {two}, so it may get the prompt of another; "
-                "give the folder, or the pictures in the order of their numbers")
+    for one, two in pairwise(paths):
+        parts = zip(re.split(r"(\d+)", one), re.split(r"(\d+)", two))
+        different = [(a, b) for a, b in parts if a != b]
+        if different:
+            a, b = different[0]
+            falls = a.isdecimal() and b.isdecimal() and int(a) > int(b)
+            require(not falls, f"--prompts: {one} comes before {two}, so it may get the prompt of "
+                    "another; give the folder, or the pictures in the order of their numbers")
 
 def prompts_from_names(files):
     """Return the prompts in the names of pictures, "a cat" for 07_a_cat.png. Raises BadInput."""

@@ -1157,6 +1157,15 @@ def test_prompts_in_names(names, prompts):
         with pytest.raises(BadInput, match=r"--prompt \(not given\): must be.* x/"):
             reward.prompts_from_names(files)
 
+@pytest.mark.parametrize("paths, falls", [
+    ("1.png 2.png 10.png", False), ("1.png 10.png 2.png", True), ("10_b.png 1_a.png", True),
+    ("run10/a.png run2/a.png", True), ("/disk1/cat.png /disk1/ant.png", False), ("b2 a1", False)])
+def test_order_of_pictures(paths, falls):
+    """Prompts of other pictures, as a shell sorts 10 before 2; an order that is meant, refused."""
+    with mock.patch.object(reward, "require") as require:
+        reward.check_order(paths.split())
+    assert falls == (not all(call.args[0] for call in require.call_args_list))
+
 @pytest.mark.parametrize("save", ["pictures", "pictures/", "link", "none/x", "/proc/x", "file/x"])
 def test_places_to_save_to(save, tiny, tmp_path, monkeypatch, capsys):
     """A folder of pictures that a file of scores replaces; a traceback after all is scored."""
