@@ -1,8 +1,9 @@
 """Rewards for text-to-image training, and the choice of the device they run on.
 
-A reward is a function (images, prompts) -> scores: images (B, 3, H, W) float in [0, 1], B prompts,
-scores (B,) float, higher is better. HPS (Wu et al., arXiv 2306.09341) and PickScore (Kirstain et
-al., arXiv 2305.01569) are cosines of CLIP features, trained on which images people preferred.
+A reward is a function (images, prompts) -> scores: images (B, 3, H, W) float in [0, 1], B
+prompts, scores (B,) float, higher is better. HPS (Wu et al., arXiv 2306.09341) and PickScore
+(Kirstain et al., arXiv 2305.01569) are cosines of CLIP features, trained on which images
+people preferred.
 
     python reward.py --prompt "a cat in a hat" a.png b.png           # HPS-v2.1, from the hub
     python reward.py --hps HPS_v2.1_compressed.pt pictures/ --save scores.jsonl     # on a GPU
@@ -39,7 +40,7 @@ def require(condition, message):
         raise BadInput(message)
 
 def printable(text):
-    """Return text for the terminal; control characters, and what it cannot encode, are escaped."""
+    """Return text for the terminal: what it cannot print or encode is escaped."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
@@ -131,7 +132,7 @@ def atomic_write(path, rank=0):
 DEVICES = ("auto", "cuda", "npu", "cpu")
 
 def select_device(name="auto") -> torch.device:
-    """Return the device of this process: its own card, by LOCAL_RANK; auto: cuda, npu or cpu."""
+    """Return the device of this process, by LOCAL_RANK; auto: the first of cuda, npu, cpu."""
     require(name in DEVICES, f"--device {name}: must be {' or '.join(DEVICES)}")
     counts = {}  # of the cards of each kind that is there
     for kind in DEVICES[1:]:
@@ -145,27 +146,31 @@ def select_device(name="auto") -> torch.device:
 
     rank = int(os.environ.get("LOCAL_RANK") or 0)
     needs = "CANN and torch-npu, see README" if name == "npu" else "a CUDA build of torch"
-    require(rank < counts.get(name, 0), f"--device {name}: torch finds none for process {rank}; "
-            f"lower --nproc_per_node, or install {needs}")
+    require(rank < counts.get(name, 0),
+            f"--device {name}: torch finds none for process {rank}; lower --nproc_per_node, or "
+            f"install {needs}")
     if name == "cuda":
-        # Since 2.11 torch prefers cuDNN's attention on Hopper and Blackwell. Its forward is right,
-        # but its backward gives nan for q, k, v with strides such as FLUX's: pytorch#196678,
-        # trl#7181, cudnn-frontend#160 and #1072. `--attention _native_cudnn` still chooses it.
+        # Since 2.11 torch prefers cuDNN's attention on Hopper and Blackwell. Its forward is
+        # right, but its backward gives nan for q, k, v with strides such as FLUX's:
+        # pytorch#196678, trl#7181, cudnn-frontend#160 and #1072.
+        # `--attention _native_cudnn` still chooses it.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if name == "npu":
         # HCCL's all-gather and reduce-scatter fail over 3, 5, 6 or 7 NPUs.
         size = int(os.environ.get("LOCAL_WORLD_SIZE") or 0)
         require(size not in (3, 5, 6, 7), f"--nproc_per_node {size}: must be 1, 2, 4, 8 or 16")
-        os.environ.setdefault("HCCL_CONNECT_TIMEOUT", "1200")  # seconds; 120 fail on a slow disk
+        # Its default of 120 seconds is too short where a disk is slow.
+        os.environ.setdefault("HCCL_CONNECT_TIMEOUT", "1200")
     return torch.device(name, rank)
 
 def is_accelerator(device) -> bool:
     return torch.device(device).type != "cpu"
 
 def describe_device(device) -> str:
-    """Return what decides on rounding: the card, or the CPU and its kernels; torch's version."""
+    """Return what decides on rounding: the card or the CPU with its kernels, and torch."""
     if is_accelerator(device):
-        return f"{torch.get_device_module(device).get_device_name()}, torch {torch.__version__}"
+        card = torch.get_device_module(device).get_device_name()
+        return f"{card}, torch {torch.__version__}"
     return (f"{os.uname().machine} {torch.backends.cpu.get_cpu_capability()}, "
             f"{torch.get_num_threads()} threads, torch {torch.__version__}")
 
@@ -175,27 +180,32 @@ def check_compile(device):
             "--compile: torch.compile needs triton-ascend on an NPU; install it")
 
 def check_attention(backend, device, dtype, deterministic=False):
-    """Raise BadInput unless an attention backend of diffusers can train on the device in dtype."""
+    """Raise BadInput unless a backend of diffusers' attention can train on device in dtype."""
     from diffusers.models import attention_dispatch
     native = backend.startswith(("native", "_native"))
-    require(native or not deterministic, f"--attention {backend}: must be native or _native_... "
-            "with --deterministic, as torch's switch does not reach other kernels")
-    with bad_input_if_fails(f"--attention {backend}: diffusers has no backend of this name that "
-                            f"works on this device ({device}) in {dtype}"):
+    require(native or not deterministic,
+            f"--attention {backend}: must be native or _native_... with --deterministic, as "
+            "torch's switch does not reach other kernels")
+
+    # Try it on q, k, v of (batch, length, heads, channels), which attention sees as strided views.
+    # They are not drawn, since the seed is for the training.
+    def ones():
+        return torch.ones(1, 64, 2, 64, device=device, dtype=dtype, requires_grad=True)
+
+    with bad_input_if_fails(
+            f"--attention {backend}: diffusers has no backend of this name that works on this "
+            f"device ({device}) in {dtype}"):
+        inputs = [ones(), ones(), ones()]
         # The context checks what the backend needs, and downloads a kernel of the hub.
         with attention_dispatch.attention_backend(backend):
-            # (batch, length, heads, channels) as in FLUX. No draw: the seed is for the training.
-            size = (1, 64, 2, 64)
-            inputs = [torch.ones(size, device=device, dtype=dtype, requires_grad=True)
-                      for _ in range(3)]
             out = attention_dispatch.dispatch_attention_fn(*inputs, backend=backend)
         if out.requires_grad:
             out.sum().backward()
-        require(all(x.grad is not None for x in inputs),
-                "it has no backward, so it cannot train")
+        trains = all(x.grad is not None for x in inputs)
+        require(trains, "it has no backward, so it cannot train")
 
 def make_deterministic(seed):
-    """Choose deterministic kernels, full fp32 and seeds, before anything runs on the device."""
+    """Choose deterministic kernels, full fp32 and seeds; call it before the device is used."""
     from accelerate.utils import set_seed
     os.environ.update(
         CUBLAS_WORKSPACE_CONFIG=":4096:8", HCCL_DETERMINISTIC="true", LCCL_DETERMINISTIC="1",
@@ -215,8 +225,9 @@ WEIGHTS = {"--hps": "xswu/HPSv2/HPS_v2.1_compressed.pt",
            "--pickscore": "yuvalkirstain/PickScore_v1"}
 
 def check_weights(flag, value):
-    """Raise BadInput unless value is a path that exists or may name weights of the hub; "" stands
-    for WEIGHTS. Needs no network."""
+    """Raise BadInput unless value is a path that exists, or may name weights of the hub.
+
+    "" stands for WEIGHTS. Needs no network."""
     name = value or WEIGHTS.get(flag, "")
     must = "folder, or owner/name"
     pattern = r"\w[\w.-]*/\w[\w.-]*"
@@ -228,7 +239,7 @@ def check_weights(flag, value):
             f"{given}: not found; must be a {must} of the hub, with weights")
 
 def resolve_weights(flag, value) -> str:
-    """Return the path of weights: as given, or downloaded from the hub; "" stands for WEIGHTS."""
+    """Return the path of weights, which are downloaded if value names weights of the hub."""
     check_weights(flag, value)
     name = value or WEIGHTS[flag]
     if os.path.exists(name):
@@ -237,8 +248,9 @@ def resolve_weights(flag, value) -> str:
     owner, model, *file = name.split("/", 2)
     page = f"{hub.constants.ENDPOINT}/{owner}/{model}"
     with bad_input_if_fails(
-            f"{flag} {name}: the download failed; correct the name, accept the licence on {page} "
-            f"and run `hf auth login`, or download it elsewhere and give its path with {flag}"):
+            f"{flag} {name}: the download failed; correct the name, accept the licence on "
+            f"{page} and run `hf auth login`, or download it elsewhere and give its path with "
+            f"{flag}"):
         if file:
             return hub.hf_hub_download(f"{owner}/{model}", file[0])
         kinds = ["*.json", "*.txt", "*.safetensors"]
@@ -248,8 +260,9 @@ def preprocess(images, size=224, mean=(0.48145466, 0.4578275, 0.40821073),
                std=(0.26862954, 0.26130258, 0.27577711), crop=False):
     """Prepare images for CLIP: (B, 3, H, W) in [0, 1] -> (B, 3, size, size), normalised.
 
-    Bicubic with antialias. crop=False, as for HPS: the longer side becomes `size`, zeros fill up
-    the other. crop=True, as for PickScore: the shorter one does, and the centre is cut out."""
+    Bicubic with antialias. crop=False, as for HPS: the longer side becomes `size`, and zeros
+    fill up the other. crop=True, as for PickScore: the shorter side does, and the centre is cut
+    out."""
     height, width = images.shape[-2:]
     if crop:  # truncated, as transformers does; else rounded, as the official HPS does
         new = [int(size * side / min(height, width)) for side in (height, width)]
@@ -272,11 +285,13 @@ def new_clip(arch, flag="--hps"):
     import open_clip  # takes seconds
     name = arch
     with bad_input_if_fails(
-            f"{flag}_arch {arch}: must be an open_clip model, such as ViT-H-14, or a .json of one"):
+            f"{flag}_arch {arch}: must be an open_clip model, such as ViT-H-14, or a .json of "
+            "one"):
         if str(arch).endswith(".json"):
             open_clip.add_model_config(arch)
             name = Path(arch).stem
-        # mean and std depend on the weights, not on arch: take those of the first published ones
+        # Mean and std depend on the weights, not on arch: take those of the first that were
+        # published.
         tags = open_clip.list_pretrained_tags_by_model(name)
         normalise = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
         logging.disable(logging.WARNING)  # of random weights: the right ones come later
@@ -288,9 +303,9 @@ def new_clip(arch, flag="--hps"):
         return model, open_clip.get_tokenizer(name)
 
 def allow_numpy_numbers():
-    """Let torch.load read numpy's numbers: training loops save a loss or an epoch with weights.
+    """Let torch.load read numpy's numbers: training loops save a loss beside the weights.
 
-    For good, and not around one call: threads that load at once would take it from each other."""
+    This stays: if it ended with a call, it would end for other threads that load, too."""
     make = np.float64(0).__reduce__()[0]
     kinds = ("bool", "int32", "int64", "float16", "float32", "float64")
     torch.serialization.add_safe_globals([
@@ -309,8 +324,8 @@ class HPS:
         from open_clip.factory import load_state_dict
         allow_numpy_numbers()
         with bad_input_if_fails(
-                f"{flag} {checkpoint}: must be a whole .pt, .bin or .safetensors file with the "
-                f"weights of {flag}_arch {arch} and no Python objects"):
+                f"{flag} {checkpoint}: must be a whole .pt, .bin or .safetensors file with "
+                f"the weights of {flag}_arch {arch} and no Python objects"):
             state = load_state_dict(checkpoint)  # runs no code of the file
             state = state.get("model", state)
             state = {k.removeprefix("module."): w for k, w in state.items()}
@@ -358,19 +373,21 @@ class PickScore:
         device = self.model.device
         tokens = self.tokenizer(unique, padding=True, truncation=True, return_tensors="pt",
                                 max_length=config.text_config.max_position_embeddings)
-        pixels = preprocess(images.to(device).float(), config.vision_config.image_size, crop=True)
+        size = config.vision_config.image_size
+        pixels = preprocess(images.to(device).float(), size, crop=True)
         image = self.model.get_image_features(pixels).pooler_output  # after the projection
         text = self.model.get_text_features(**tokens.to(device)).pooler_output
         return F.cosine_similarity(image, text[rows])
 
 def parse_rewards(spec) -> dict[str, float]:
-    """Parse "hps:0.7,clip:0.3" into {"hps": 0.7, "clip": 0.3}; the weight is 1 if not given."""
+    """Parse "hps:0.7,clip" into {"hps": 0.7, "clip": 1.0}: names and weights."""
     rewards = {}
     name = r"(hps|clip|pickscore|[\w.]+:[a-zA-Z_]\w*)"
     for item in spec.split(","):
         match = re.fullmatch(name + r"(?::(\d*\.?\d+))?", item.strip())
-        require(match and match[1] not in rewards, f"--reward {spec}: {item!r} must be hps, clip, "
-                "pickscore or package.module:function, each once, with or without a :WEIGHT")
+        require(match and match[1] not in rewards,
+                f"--reward {spec}: {item!r} must be hps, clip, pickscore or "
+                "package.module:function, each once, with or without a :WEIGHT")
         rewards[match[1]] = float(match[2] or 1)  # 0: scored and logged, but not trained on
     require(any(rewards.values()), f"--reward {spec}: at least one weight must be above 0")
     return rewards
@@ -381,8 +398,9 @@ def load_function(name):
     here = os.getcwd()
     if here not in sys.path:  # as `python -m` does; it stays, for imports during calls
         sys.path.insert(0, here)
-    with bad_input_if_fails(f"--reward {name}: must be a function, whose module can be imported, "
-                            "and neither calls sys.exit nor parses arguments"):
+    with bad_input_if_fails(
+            f"--reward {name}: must be a function, whose module can be imported, and neither "
+            "calls sys.exit nor parses arguments"):
         loaded = importlib.import_module(module)
         os.chdir(here)  # the module may have left it
         found = getattr(loaded, function)
@@ -405,14 +423,15 @@ def score(rewards, images, prompts, where):
     Each function gets a copy of the images and of the prompts. where: "step 3", for messages.
     Raises BadInput that names the reward, and FloatingPointError for images."""
     if not images.isfinite().all():
-        raise FloatingPointError(f"an image of {where} is not finite; --dtype fp32 may prevent it")
+        raise FloatingPointError(
+            f"an image of {where} is not finite; --dtype fp32 may prevent it")
 
     def refused(name):
         return bad_input_if_fails(
-            f"--reward {name}: must return {len(images)} finite numbers for as many images, but "
-            f"failed in {where}, prompts {prompts[0]!r} ...")
+            f"--reward {name}: must return {len(images)} finite numbers for as many images, "
+            f"but failed in {where}, prompts {prompts[0]!r} ...")
 
-    # All are called before one is waited for: on a GPU, models then do not wait for each other.
+    # All are called before a result is waited for, so that on a GPU the models do not wait.
     results = {}
     for name, (_, function) in rewards.items():
         with refused(name):
@@ -427,11 +446,11 @@ def score(rewards, images, prompts, where):
     return scores
 
 def read_prompts(path):
-    """Return the lines of a UTF-8 text file, stripped, without the empty ones. Raises BadInput."""
-    must = f"--prompts {path}: must be a text file with one prompt per line"
+    """Return the lines of a UTF-8 text file that are not empty, stripped. Raises BadInput."""
+    must = f"--prompts {path}: must be a text file in UTF-8 with one prompt per line"
     require(Path(path).suffix.lower() not in (".csv", ".tsv", ".json", ".jsonl"),
             f"{must}, not a table")
-    with bad_input_if_fails(f"{must}, in UTF-8"):
+    with bad_input_if_fails(must):
         text = Path(path).read_text(encoding="utf-8-sig")
         require("\0" not in text, "it holds a zero byte, as UTF-16 and binary files do")
     lines = [line.strip() for line in text.split("\n")]  # splitlines splits at more characters
@@ -453,8 +472,9 @@ SHAPES = dict(  # corners, in units of the radius
 TINY_PROMPTS = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]  # all 24
 
 def draw(prompt, rng=None, size=32, place=(0.35, 0.5, 0.5)):
-    """Draw a prompt of the tiny world, (size, size, 3) uint8; place: radius and centre as shares of
-    the side, which rng draws if it is given."""
+    """Draw a prompt of the tiny world, (size, size, 3) uint8.
+
+    place: radius and centre as shares of the side, which rng draws if it is given."""
     _, color, shape = prompt.split()
     if rng is not None:
         place = (rng.uniform(0.32, 0.37), *rng.uniform(0.46, 0.54, size=2))
@@ -466,15 +486,16 @@ def draw(prompt, rng=None, size=32, place=(0.35, 0.5, 0.5)):
     return np.asarray(picture.resize((size, size), Image.LANCZOS))
 
 def tiny_dataset(count, seed=0):
-    """Return images (count, 3, 32, 32) in [0, 1], and the index (count,) of each one's prompt."""
+    """Return images (count, 3, 32, 32) in [0, 1] and the index (count,) of their prompts."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % len(TINY_PROMPTS)
     images = np.stack([draw(TINY_PROMPTS[i], rng) for i in labels])
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(labels)
 
 def find_foreground(images):
-    """Return the mean colour (B, 3) of the foreground of images (B, 3, H, W), nan if there is none,
-    and its soft mask (B, H * W), from 0 for the background to 1 for that colour."""
+    """Return the mean colour (B, 3) of the foreground of images (B, 3, H, W), nan without one.
+
+    Also its soft mask (B, H * W), from 0 for the background to 1 for that colour."""
     background = torch.tensor(BACKGROUND) / 255
     away = images - background.view(3, 1, 1)
     inside = (away.norm(dim=1, keepdim=True) > 0.25).float()
@@ -484,7 +505,7 @@ def find_foreground(images):
 
 @cache
 def shape_templates():
-    """Return masks (4, N, 32 * 32): each shape in N sizes and places, more than the data has."""
+    """Return masks (4, N, 32 * 32): each shape in N sizes and places, more than in the data."""
     places = list(product(np.linspace(0.26, 0.42, 7), *[np.linspace(0.38, 0.62, 9)] * 2))
     drawn = [draw(f"a black {shape}", place=place) for shape in SHAPES for place in places]
     images = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 255
@@ -492,15 +513,18 @@ def shape_templates():
 
 def judge_tiny(images, prompts, rewards):
     """Return {metric: (B,) 1.0 or 0.0} of images (B, 3, 32, 32) of TINY_PROMPTS.
-    accuracy: HPS ranks an image's own prompt first of 24. right_colour, _shape, _both: measured, no
-    part of a reward; nearest colour to the mean foreground, shape with the best soft IoU."""
+
+    accuracy: HPS ranks an image's own prompt first of 24. right_colour, right_shape and
+    right_both are measured, and no part of a reward: the colour nearest to the mean foreground,
+    the shape with the best soft IoU."""
     own = torch.tensor([TINY_PROMPTS.index(p) for p in prompts])
     judged = {}
     if "hps" in rewards:
         _, hps = rewards["hps"]
         scores = torch.stack([hps(images, [p] * len(images)) for p in TINY_PROMPTS])  # (24, B)
         judged["accuracy"] = scores.argmax(0).cpu() == own
-    (mean, mask), templates = find_foreground(images.float().cpu()), shape_templates()
+    mean, mask = find_foreground(images.float().cpu())
+    templates = shape_templates()
     common = torch.einsum("bp,snp->bsn", mask, templates)
     norms = mask.square().sum(1)[:, None, None] + templates.square().sum(2)
     shape = (common / (norms - common)).amax(2).argmax(1)
@@ -528,8 +552,10 @@ def fit(model, loss, count, steps, batch, rate, title):
 
 def botch(images, share):
     """Spoil images (B, 3, 32, 32) by a share (B,) <= 1: bend, tint, grain and blotches."""
-    count, share = len(images), share.view(-1, 1, 1, 1)
-    here = F.affine_grid(torch.eye(2, 3).expand(count, 2, 3), images.shape, align_corners=False)
+    count = len(images)
+    share = share.view(-1, 1, 1, 1)
+    same = torch.eye(2, 3).expand(count, 2, 3)
+    here = F.affine_grid(same, images.shape, align_corners=False)
     bend = F.interpolate(torch.randn(count, 2, 5, 5), size=32, mode="bicubic")
     images = F.grid_sample(images, here + 0.25 * (share * bend).permute(0, 2, 3, 1),
                            padding_mode="border", align_corners=False)
@@ -541,8 +567,9 @@ def botch(images, share):
     return images.clamp(0, 1)
 
 def build_tiny_hps(folder, images, labels):
-    """Train a miniature CLIP, clip.pt when it is half trained and hps.pt at the end: it tells apart
-    24 prompts, and a 25th that stands for how botched a picture is."""
+    """Train a miniature CLIP; save clip.pt when it is half trained and hps.pt at the end.
+
+    It tells apart 24 prompts, and a 25th that stands for how botched a picture is."""
     folder.mkdir()
     arch = folder / "tiny-clip.json"
     arch.write_text(TINY_CLIP)
@@ -553,7 +580,8 @@ def build_tiny_hps(folder, images, labels):
         share = (2 * torch.rand(len(pick)) - 1).clamp(min=0)  # 0 for half of them
         target = F.one_hot(labels[pick], len(text)) * (1 - share[:, None])
         target[:, -1] = share
-        features = model.encode_image(preprocess(botch(images[pick], share), 32), normalize=True)
+        pixels = preprocess(botch(images[pick], share), 32)
+        features = model.encode_image(pixels, normalize=True)
         words = model.encode_text(text, normalize=True)
         return F.cross_entropy(model.logit_scale.exp() * features @ words.T, target)
 
@@ -564,14 +592,14 @@ def build_tiny_hps(folder, images, labels):
 
 # ------------------------------------------------------------------------------------ command line
 
-ALLOWED = 0.015  # percent of the mean score, on average over the pictures
-# read from a folder; others that Pillow reads are given by name
+ALLOWED = 0.015  # percent of the scores' mean or std, on average over the pictures
+# Read from a folder; others that Pillow can read are given by name.
 PICTURES = ".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .avif .jp2 .ppm"
 FILE = os.path.expanduser  # a shell leaves the ~ of --save=~/x as it is
 FLAGS = (  # name, type, default, help
     ("prompt", str, "", "the text that all the pictures were made for"),
     ("prompts", FILE, "",
-     "file with one prompt per line, in the order of the pictures; else their names: 7_a_cat.png"),
+     "file with one prompt per line, in the order of the pictures; else: 7_a_red_cat.png"),
     ("reward", str, "hps", "hps, clip, pickscore or package.module:function"),
     ("hps", FILE, "", "a file, or owner/name/file of the hub; without it HPS-v2.1 of the hub"),
     ("hps_arch", FILE, "ViT-H-14", "its name in open_clip, or a .json file"),
@@ -588,7 +616,7 @@ def natural(path):
     return re.sub(r"\d+", lambda number: number[0].zfill(20), str(path)), str(path)
 
 def find_pictures(paths):
-    """Return the files among paths, and in natural order the pictures in the folders among them."""
+    """Return the files among paths, and the pictures of folders among them in natural order."""
     files = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -613,37 +641,43 @@ def read_image(path):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
 def check_order(paths):
-    """Raise BadInput if numbers in paths fall, as from 10.png to 2.png in the order of a shell.
+    """Raise BadInput if paths are alike up to a number that falls, as in a shell's 10.png 2.png.
 
-    They are not sorted: the prompts may be in the order in which the paths are given."""
-    numbered = [path for path in paths if re.search(r"\d", path)]
-    for one, two in pairwise(numbered):
-        require(natural(one) <= natural(two), f"--prompts: {one} comes before {two}, so it may get "
-                "the prompt of another; give the folder, or the pictures in the order of numbers")
+    They are not sorted, as the prompts may be in the order in which the paths are given."""
+    for one, two in pairwise(paths):
+        parts = zip(re.split(r"(\d+)", one), re.split(r"(\d+)", two))
+        different = [(a, b) for a, b in parts if a != b]
+        if different:
+            a, b = different[0]
+            falls = a.isdecimal() and b.isdecimal() and int(a) > int(b)
+            require(not falls, f"--prompts: {one} comes before {two}, so it may get the prompt of "
+                    "another; give the folder, or the pictures in the order of their numbers")
 
 def prompts_from_names(files):
     """Return the prompts in the names of pictures, "a cat" for 07_a_cat.png. Raises BadInput."""
-    prompts = [re.sub(r"^\d+[-_ ]+", "", file.stem).replace("_", " ").strip() for file in files]
+    names = [file.stem.replace("_", " ") for file in files]
+    prompts = [re.sub(r"^\d+[- ]+", "", name).strip() for name in names]
     words = [re.sub(r"[\W\d]+", " ", prompt).strip() for prompt in prompts]
     # ComfyUI_00001_.png, ComfyUI_00002_.png: the scores of that word would look plausible
     told = all(words) and (len(files) == 1 or len(set(words)) > 1)
-    require(told, "--prompt (not given): must be, as the names of the pictures have no words, or "
-            f"each the same: {files[0]}")
+    require(told, "--prompt (not given): must be, as the names of the pictures have no words, "
+            f"or each the same: {files[0]}")
     return prompts
 
 def check_save(path):
     """Raise BadInput unless atomic_write can write a file to path."""
     folder = Path(os.path.realpath(path)).parent
-    with bad_input_if_fails(f"--save {path}: must be a file, in a folder that exists and can be "
-                            "written to"):
+    with bad_input_if_fails(
+            f"--save {path}: must be a file, in a folder that exists and can be written to"):
         require(not os.path.isdir(path), "it is a folder")
         if not is_stream(path):
             tempfile.TemporaryFile(dir=folder).close()
 
 def read_scores(path, files, prompts):
     """Return the scores (N,) that --save wrote for the same pictures and prompts."""
-    with bad_input_if_fails(f"--against {path}: must hold what --save wrote for the same pictures "
-                            "and prompts, in the same order"):
+    with bad_input_if_fails(
+            f"--against {path}: must hold what --save wrote for the same pictures and prompts, "
+            "in the same order"):
         lines = Path(path).read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         saved = [(row["image"], row["prompt"]) for row in rows]
@@ -652,10 +686,12 @@ def read_scores(path, files, prompts):
         return torch.tensor([row["score"] for row in rows])
 
 def compare(scores, expected):
-    """Print the errors of scores, in percent of the scale of what is expected, and return whether
-    their mean is allowed."""
+    """Print the errors of scores in percent; return whether their mean is at most ALLOWED.
+
+    They are relative to the mean of what is expected, or to its std where that is larger: the
+    mean of some rewards is 0."""
     mean = expected.mean().abs().item()
-    std = expected.std(correction=0).item()  # of rewards around 0 it is the scale
+    std = expected.std(correction=0).item()
     errors = 100 * (torch.tensor(scores) - expected).abs() / max(mean, std, 1e-12)
     allowed = errors.mean().item() <= ALLOWED  # nan is not
     print(f"{len(scores)} scores: mean absolute error {errors.mean():.5f} %, largest "
@@ -664,8 +700,9 @@ def compare(scores, expected):
     return allowed
 
 def score_pictures(args):
-    """Print, save and compare the scores of pictures, whose prompt is one for all, one per line of
-    a file, or from their names. Raises BadInput."""
+    """Print, save and compare the scores of pictures. Raises BadInput.
+
+    Their prompts are --prompt for all, the lines of --prompts, or in their names."""
     name, *others = parse_rewards(args.reward)
     require(not others, f"--reward {args.reward}: must be one reward here; run it for each")
     require(not args.prompt or not args.prompts,
@@ -680,8 +717,9 @@ def score_pictures(args):
         prompts = [args.prompt] * len(files)
     elif args.prompts:
         prompts = read_prompts(args.prompts)
-        require(len(prompts) == len(files), f"--prompts {args.prompts}: has {len(prompts)} prompts "
-                f"for {len(files)} pictures; must have one per line, in the pictures' order")
+        require(len(prompts) == len(files),
+                f"--prompts {args.prompts}: has {len(prompts)} prompts for {len(files)} "
+                "pictures; must have one per line, in the order of the pictures")
         check_order(args.images)
     else:
         prompts = prompts_from_names(files)
@@ -698,9 +736,11 @@ def score_pictures(args):
         scores += score(rewards, read_image(file), [prompt], file)[name].tolist()
 
     if args.save:  # before anything is printed, as the reader of a pipe may end
-        rows = [dict(image=f.name, prompt=p, score=s) for f, p, s in zip(files, prompts, scores)]
+        lines = ""
+        for file, prompt, value in zip(files, prompts, scores):
+            lines += json.dumps(dict(image=file.name, prompt=prompt, score=value)) + "\n"
         with atomic_write(args.save) as path:
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            path.write_text(lines)
     for file, value in zip(files, scores):
         print(f"{value:.5f} {printable(file)}", flush=True)
     if args.against:
@@ -718,7 +758,8 @@ def main(argv=None):
         score_pictures(parser.parse_args(argv))
     except BadInput as error:
         exit_with_error(error)
-    except BrokenPipeError:  # head has seen enough; the flush at the exit must not fail as well
+    except BrokenPipeError:
+        # `| head` has seen enough; Python's flush at the exit must not fail as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:

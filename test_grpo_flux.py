@@ -900,43 +900,42 @@ def test_pickscore_that_lacks_a_part(part, pick, tmp_path):
         reward.PickScore(str(tmp_path / "pick"))
 
 def test_checkpoints_of_others(tiny, tmp_path):
-    """Weights refused for how they were saved; code in a file; another model's mean and std."""
-    state, images = torch.load(tiny.cfg.hps)["state_dict"], torch.rand(2, 3, 40, 32)
-    prefixed, file = {f"module.{name}": x for name, x in state.items()}, tmp_path / "clip.pt"
+    """Weights refused for how they were saved; code in a file; another model's mean and std; what
+    torch.load may read, changed by a thread that loads at the same time."""
+    file, arch, images = tmp_path / "clip.pt", tiny.cfg.hps_arch, torch.rand(2, 3, 40, 32)
+    load, state = open_clip.factory.load_state_dict, torch.load(tiny.cfg.hps)["state_dict"]
+    prefixed = {f"module.{name}": x for name, x in state.items()}
     numbers = dict(loss=np.float64(0.3), epoch=np.int64(3), half=np.float16(1), done=np.bool_(True))
-    expected = tiny.hps(images, ["a", "b"])
+
+    def load_meanwhile(path):
+        with mock.patch("open_clip.factory.load_state_dict", load):
+            reward.HPS(tiny.cfg.hps, arch)
+        return load(path)
+
     for saved in (prefixed, {"model": state}, {"state_dict": prefixed} | numbers,
                   {name: x.half() for name, x in state.items()}):
         torch.save(saved, file)
-        hps = reward.HPS(file, tiny.cfg.hps_arch)
-        assert torch.allclose(hps(images, ["a", "b"]), expected, atol=1e-3)
+        with mock.patch("open_clip.factory.load_state_dict", load_meanwhile):
+            hps = reward.HPS(file, arch)
+        assert torch.allclose(hps(images, TWO), tiny.hps(images, TWO), atol=1e-3)
         assert {p.dtype for p in hps.model.parameters()} == {torch.float32}
     for saved, words in (({"state_dict": state, "args": types.SimpleNamespace()}, "Namespace"),
                          ([state], "weights of --clip_arch"), ({"model": {1: 2}}, "weights of")):
         torch.save(saved, file)
         with pytest.raises(BadInput, match=f"(?s)--clip .*clip.pt: .*{words}"):
-            reward.HPS(file, tiny.cfg.hps_arch, flag="--clip")
+            reward.HPS(file, arch, flag="--clip")
     assert reward.new_clip("MobileCLIP-S1")[0].visual.image_mean == (0, 0, 0)  # as all its weights
 
-def test_weights_from_the_hub(tmp_path, monkeypatch):
-    """Loud retries, a message without flag or remedy, a cached file that is not found offline."""
+def test_weights_from_the_hub(monkeypatch):
+    """A message without flag or remedy; a name that can be none of the hub's, found out late."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(BadInput, match=r"--hps \(not given\): .*no connection; .* path with --hps"):
-        reward.resolve_weights("--hps", "")
-    folder = tmp_path / "models--owner--name"
-    write(folder / "refs" / "main", "1")
-    write(folder / "snapshots" / "1" / "a.pt", "")
-    assert reward.resolve_weights("--clip", "owner/name/a.pt").endswith("snapshots/1/a.pt")
-    download = mock.Mock(side_effect=OSError(28, "No space left"))
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr("huggingface_hub.utils.get_session", mock.Mock())  # now there is a network
-    with pytest.raises(BadInput, match=r"--clip o/n/a.pt: .*correct.*licence on https.*No space"):
-        reward.resolve_weights("--clip", "o/n/a.pt")
-    download.assert_called_once_with("o/n", "a.pt", local_files_only=False)
-    for flag, value in (("--clip", "a/b"), ("--clip", "/x/a.pt"), ("--pickscore", "a/b/c")):
-        with pytest.raises(BadInput, match=f"{flag} {value}: not found; must be a f"):
+    for flag, value in (("--hps", ""), ("--clip", "o/n/a.pt"), ("--pickscore", "o/n")):
+        reward.check_weights(flag, value)
+        with pytest.raises(BadInput, match=f"{flag} .*correct.*licence on https.*/.*give its path"):
             reward.resolve_weights(flag, value)
+    for case in ("--clip a/b", "--clip /x/a.pt", "--pickscore a/b/c", "--clip "):
+        with pytest.raises(BadInput, match=f"{case}.*: not found; must be"):
+            reward.check_weights(*case.split(" "))
 
 def test_reward_specs():
     """A weight dropped without a word; a reward of weight 0 refused; a run without any reward."""
@@ -946,38 +945,17 @@ def test_reward_specs():
         with pytest.raises(BadInput, match="must be"):
             reward.parse_rewards(bad)
 
-SPOILER = """import signal, sys, warnings, torch
-def spoil():
-    sys.path[:], sys.argv[1:] = [], ["spoiled"]
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    warnings.simplefilter("error")
-    torch.set_default_dtype(torch.float64)
-    torch.set_default_device("meta")
-    torch.set_grad_enabled(False)
-spoil()
-def f(images, prompts):
-    import spoiler_late
-    spoil()
-    images.zero_()
-    return [len(prompts.pop())] * 2"""
-
 def test_own_rewards_spoil_nothing(tmp_path, monkeypatch):
-    """One reward that changes the images, prompts or settings of all others and of the run."""
-    def settings():
-        return (sys.path[:], sys.argv[:], signal.getsignal(signal.SIGTERM), warnings.filters[:],
-                torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled())
-
+    """One reward that changes the images or prompts of all others; a module that moves the run."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])
-    Path("spoiler.py").write_text(SPOILER)
-    Path("spoiler_late.py").touch()
-    before, images, prompts = settings(), torch.ones(2, 3, 4, 4), ["a", "bc"]
-    function = reward.load_reward("spoiler:f")
-    assert settings() == before
-    rewards = {"spoiler:f": (0.0, function), "g": (1.0, lambda x, p: x.sum((1, 2, 3)) + len(p))}
+    monkeypatch.setattr("sys.path", sys.path[:])
+    write(Path("spoiler.py"), "import os\nos.chdir('/')\ndef f(images, prompts):\n"
+          "    images.zero_()\n    return [len(prompts.pop())] * 2")
+    images, prompts = torch.ones(2, 3, 4, 4), ["a", "bc"]
+    rewards = dict.fromkeys("fgh", (1.0, reward.load_reward("spoiler:f")))
     scores = reward.score(rewards, images, prompts, "step 1")
-    assert settings() == before and images.min() == 1 and prompts == ["a", "bc"]
-    assert {name: r.tolist() for name, r in scores.items()} == {"spoiler:f": [2, 2], "g": [50, 50]}
+    assert Path.cwd() == tmp_path and images.min() == 1 and prompts == ["a", "bc"]
+    assert {name: r.tolist() for name, r in scores.items()} == dict.fromkeys("fgh", [2, 2])
 
 NO_MEMORY = mock.Mock(side_effect=torch.OutOfMemoryError("of the device"))
 
@@ -993,54 +971,107 @@ def test_scores_refused(function, error, words):
     with pytest.raises(error, match=words):
         reward.score({"x": (1.0, function)}, images, ["a", "b"], "step 3")
 
-ROWS = [dict(id=1, prompt="a cat, red"), dict(id=2, prompt='a "dog"')]
-
-@pytest.mark.parametrize("text", [
-    json.dumps(ROWS), json.dumps(ROWS, indent=1), "\n".join(map(json.dumps, ROWS)),
-    json.dumps([row["prompt"] for row in ROWS]),
-    'id,Prompt\n1,"a cat, red"\n2,"a ""dog"""\n', 'caption\tn\na cat, red\t1\n"a ""dog"""\t2\n',
-    '"prompt"\n"a cat, red"\n"a ""dog"""\n'])
-def test_prompts_in_other_formats(text, tmp_path):
-    """Braces, quotes and columns trained on as prompts; a remedy that does not work."""
-    (tmp_path / "x.dat").write_text(text)
-    must = "^--prompts .*x.dat: is (JSON|CSV or TSV); must be"
-    with pytest.raises(BadInput, match=must) as error:
-        reward.read_prompts(tmp_path / "x.dat")
-    command = str(error.value).split("such as from: ")[1].replace("python", sys.executable)
-    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
-    assert reward.read_prompts(tmp_path / "prompts.txt") == ["a cat, red", 'a "dog"']
-
-@pytest.mark.parametrize("lines", [
-    ["[a cat], red", "{red|blue} car"], ['"quoted"', '"a, b"'], ["1", "true"], ["text"],
-    ["text, bold, 4k", "a cat, red"], ["a\ttab", "a prompt"], ["x" * 200_000],
-    ["[" * 100_000, "a;b"]])
-def test_prompts_that_look_like_other_formats(lines, tmp_path):
-    """Prompts with brackets, quotes, commas, tabs refused as JSON or CSV."""
-    (tmp_path / "prompts.txt").write_text("\n".join(lines))
-    assert reward.read_prompts(tmp_path / "prompts.txt") == lines
+@pytest.mark.parametrize("lines", [["[a cat], red", "{red|blue} car", '"a, b"', "text", "a\tb"],
+                                   ["x" * 200_000]])
+def test_prompt_files(lines, tmp_path):
+    """Braces and columns of a table trained on as prompts; prompts with a comma refused as one."""
+    for name in ("p.csv", "p.TSV", "p.json", "p.jsonl", "p.txt"):
+        file = tmp_path / name
+        file.write_text("\n".join([lines[0], "", *lines[1:]]))
+        if file.suffix == ".txt":
+            assert reward.read_prompts(file) == lines
+            continue
+        with pytest.raises(BadInput, match=f"--prompts .*{name}: must be .*, not a table"):
+            reward.read_prompts(file)
 
 def test_atomic_write(tmp_path):
     """Half a file under its name; ranks that remove each other's files; leftovers in the result."""
+    final = tmp_path / "x"
     for name in (".writing-x", ".old-x", "x"):
         write(tmp_path / name / "before", "")
-    with pytest.raises(KeyboardInterrupt), reward.atomic_write(tmp_path / "x") as path:
+    with pytest.raises(KeyboardInterrupt), reward.atomic_write(final) as path:
         path.mkdir()
         raise KeyboardInterrupt
-    assert (tmp_path / "x" / "before").exists() and not path.exists()
-    with reward.atomic_write(tmp_path / "x") as path:
+    assert (final / "before").exists() and not path.exists()
+    with reward.atomic_write(final) as path:
         path.mkdir()
-        with reward.atomic_write(tmp_path / "x", rank=1) as other:
+        with reward.atomic_write(final, rank=1) as other:
             (other / "shard").touch()
-        with pytest.raises(OSError), reward.atomic_write(tmp_path / "x", rank=1):
+        with pytest.raises(OSError), reward.atomic_write(final, rank=1):
             raise OSError
         assert path == other and path.exists()
-    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["x", "x/shard"]
-    killed = mock.patch("shutil.rmtree", side_effect=[0, KeyboardInterrupt])
-    with killed, pytest.raises(KeyboardInterrupt):
-        reward.remove(tmp_path / "x")
+    assert [*tmp_path.rglob("*")] == [final, final / "shard"]
+    with mock.patch("os.unlink", side_effect=PermissionError), pytest.raises(PermissionError):
+        reward.remove(final)  # a kill would leave the same
     assert [file.name for file in tmp_path.iterdir()] == [".old-x"]
     reward.remove(tmp_path / ".old-x")
     assert not list(tmp_path.iterdir())
+
+def test_files_of_the_user_stay(tmp_path, monkeypatch):
+    """A folder replaced by a file; what a link points to removed; a link or pipe replaced."""
+    monkeypatch.chdir(tmp_path)
+    write(Path("disk/folder/mine"), "")
+    write(Path("disk/file"), "mine")
+    for name, good, bad in (("folder", Path.mkdir, Path.touch), ("file", Path.touch, Path.mkdir)):
+        Path(name).symlink_to(f"disk/{name}")
+        before = sorted(Path().rglob("*"))
+        with pytest.raises((IsADirectoryError, NotADirectoryError)):
+            with reward.atomic_write(name) as work:
+                bad(work)
+        assert sorted(Path().rglob("*")) == before
+        with reward.atomic_write(name) as work:
+            good(work)
+        assert Path(name).is_symlink() and not os.path.getsize("disk/file") * (name == "file")
+        reward.remove(name)
+        assert Path("disk", name).exists() and not os.path.lexists(name)
+    os.mkfifo("pipe")
+    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with reward.atomic_write("pipe") as work:
+        work.write_text("scores")
+    assert os.read(reader, 9) == b"scores" and [*Path("disk/folder").iterdir()] == []
+    os.close(reader)
+
+@pytest.mark.parametrize("error, passes", [
+    (dist.DistStoreError("Timed out"), True), (RuntimeError("[gloo/pair.cc] Closed"), True),
+    (RuntimeError("NCCL error in: x"), True), (RuntimeError("size mismatch"), False),
+    (OSError(2, "No such file", "/nccl/x"), False), (ValueError("/data/gloo/x"), False)])
+def test_errors_of_collectives(error, passes):
+    """A time-out while another process loads that is blamed on --model; a path taken for one."""
+    with pytest.raises(type(error) if passes else BadInput) as end:
+        with reward.bad_input_if_fails("--model x: must be a model"):
+            raise error
+    assert passes == (end.value is error)
+
+def test_attention_of_cudnn_is_off(monkeypatch):
+    """Gradients that are nan on Hopper and Blackwell."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setitem(os.environ, "LOCAL_RANK", "0")
+    torch.backends.cuda.enable_cudnn_sdp(True)  # as torch begins
+    device, on = reward.select_device(), torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert device == torch.device("cuda", 0) and not on
+
+@pytest.mark.parametrize("backend, deterministic, words", [
+    ("native", True, None), ("_native_math", False, None), ("x", False, "not registered"),
+    ("flex", False, "backward"), ("flex", True, "--deterministic"),
+    ("_native_cudnn", False, "No viable backend"), ("flash_hub", False, "pip install kernels"),
+    ("native", lambda q, k, v, **_: q.detach(), "no backward"),
+    ("native", lambda q, k, v, **_: 2 * q, "no backward")])
+def test_attention_backends(backend, deterministic, words, monkeypatch):
+    """A traceback after minutes of loading; attention weights that silently stay untrained; a
+    probe that draws, and so changes the weights that a run begins with."""
+    state = torch.get_rng_state()
+    if callable(deterministic):
+        monkeypatch.setattr(
+            "diffusers.models.attention_dispatch.dispatch_attention_fn", deterministic)
+        deterministic = False
+    try:
+        reward.check_attention(backend, CPU, torch.bfloat16, deterministic)
+        assert words is None
+    except BadInput as error:
+        assert words in str(error) and str(error).startswith(f"--attention {backend}: ")
+    assert torch.equal(torch.get_rng_state(), state)
 
 @pytest.mark.parametrize("given, used", [(None, "1200"), ("300", "300")])
 def test_npus(given, used, monkeypatch):
@@ -1070,65 +1101,120 @@ def score_lines(tiny, capsys, *flags):
 
 def test_pictures_as_people_have_them(tiny, tmp_path, capsys):
     """A photo on its side, black for transparent, hidden files; scores beside the wrong file."""
-    rng = np.random.default_rng(0)
-    red, blue = (Image.fromarray(reward.draw(p, rng)) for p in ("a red circle", "a blue cross"))
+    red, blue = (Image.fromarray(reward.draw(p)) for p in ("a red circle", "a blue cross"))
     exif, clear = Image.Exif(), red.convert("RGBA")
     exif[274] = 6  # to be turned to the right
     clear.putalpha(Image.fromarray((np.asarray(red) != (236, 236, 230)).any(-1)).convert("L"))
     white = Image.new("RGBA", clear.size, "white")
     white.paste(clear, mask=clear)
-    pictures = {"red.png": red, "blue.png": blue, "red.gif": red.quantize(), "red.tiff": red,
-                "grey.png": red.convert("L"), "wide.png": red.resize((64, 32)), "clear.png": clear,
-                "white.png": white.convert("RGB"), "red.jpg": red, ".hidden.png": red,
-                "deep.png": Image.fromarray(np.asarray(red.convert("L")).astype("uint16") * 257)}
+    grey = red.convert("L")
+    pictures = {"red.png": red, "blue.png": blue, "red.tiff": red, "grey.png": grey,
+                "clear.png": clear, "white.png": white.convert("RGB"), ".hidden.png": red,
+                "deep.png": Image.fromarray(np.asarray(grey).astype("uint16") * 257)}
     for name, picture in pictures.items():
         picture.save(tmp_path / name)
     red.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "side.png", exif=exif)
-    (tmp_path / "red.jpg").rename(tmp_path / "red.jfif")
-    (tmp_path / "notes.txt").touch()
-    scores = score_lines(tiny, capsys, "--prompt", "a red circle", "--batch", 2, tmp_path)
-    assert len(scores) == 11 and {"side.png", "red.gif", "red.jfif"} < scores.keys()
+    for name in ("notes.txt", "data.h5", "film.mpg"):  # Pillow names the last two formats
+        (tmp_path / name).touch()
+    scores = score_lines(tiny, capsys, "--prompt", "a red circle", tmp_path)
+    assert scores.keys() == {"side.png", *pictures} - {".hidden.png"}
     assert scores["red.png"] == scores["red.tiff"] == scores["side.png"] > scores["blue.png"] + 0.2
     assert scores["clear.png"] == scores["white.png"] != scores["red.png"] != scores["grey.png"]
     assert scores["deep.png"] == scores["grey.png"]  # 16 bits of grey
-    files = reward.find_pictures([tmp_path / ".hidden.png", tmp_path])
-    assert files[0].name == ".hidden.png"  # asked for by name
+    assert len(reward.find_pictures([tmp_path / ".hidden.png", tmp_path])) == 1 + len(scores)
 
 def test_reward_command_line(tiny, tmp_path, capsys, monkeypatch, pick):
-    """An own reward or PickScore that is not called; a terminal that cannot print a name."""
-    name = os.fsdecode(b"0_a_caf\xc3\xa9\xff.png")
-    Image.fromarray(reward.draw("a red circle", np.random.default_rng(0))).save(tmp_path / name)
+    """An own reward or PickScore that is not called; a terminal that cannot print a name; a folder
+    named ~; scores that are lost with the reader of a pipe."""
+    name, pictures = "0_a_café.png", tmp_path / "pictures"
+    write(tmp_path / "own_light.py", "def f(images, prompts): return [len(p) for p in prompts]")
+    pictures.mkdir()
+    Image.fromarray(reward.draw("a red circle", np.random.default_rng(0))).save(pictures / name)
     monkeypatch.chdir(tmp_path)
-    Path("own_light.py").write_text("def f(images, prompts):\n    return [len(p) for p in prompts]")
-    assert list(score_lines(tiny, capsys, "--reward", "own_light:f", tmp_path).values()) == [6]
-    score = reward.PickScore(pick)(reward.read_image(name), ["a"]).item()
-    printed = score_lines(tiny, capsys, "--reward", "pickscore", "--pickscore", pick, "--prompt",
-                          "a", tmp_path)
-    assert list(printed.values()) == [pytest.approx(score, abs=1e-5)]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = "--reward own_light:f ~/pictures --device cpu --save ~/s.jsonl".split()
+    done = subprocess.run(["bash", "-c", '"$@" | true', "", sys.executable, HERE / "reward.py",
+                           *flags], stderr=-1, text=True)
+    assert done.stderr == f"the first: {pictures / name}: a café\n"
+    saved = json.dumps(dict(image=name, prompt="a café", score=6.0))
+    assert Path("s.jsonl").read_text() == f"{saved}\n"
+    score = reward.PickScore(pick)(reward.read_image(pictures / name), ["a"]).item()
+    flags = "--reward pickscore --prompt a ~/pictures --pickscore".split()
+    assert score_lines(tiny, capsys, *flags, pick) == {name: pytest.approx(score, abs=1e-5)}
     monkeypatch.setattr("sys.stdout", types.SimpleNamespace(encoding="ascii"))
-    assert reward.printable(name + "\x1b\u4e2d") == r"0_a_caf\xe9\udcff.png\x1b\u4e2d"
+    assert reward.printable(name + "\udcff\x1b\u4e2d") == r"0_a_caf\xe9.png\udcff\x1b\u4e2d"
 
-def test_scores_of_two_devices(tiny, tmp_path, capsys):
-    """Pictures 0, 1, 10, 11, 2 with others' prompts or scores; an error that is not relative."""
-    folder, prompts, saved = tmp_path / "x", reward.TINY_PROMPTS[:12], tmp_path / "scores.jsonl"
-    folder.mkdir()
-    for i, prompt in enumerate(prompts):
-        picture = reward.draw(prompt, np.random.default_rng(0), size=32 + 16 * (i == 2))
-        Image.fromarray(picture).save(folder / f"{i}_{prompt.replace(' ', '_')}.png")
-    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
-    score_lines(tiny, capsys, folder, "--save", saved)
-    lines = [json.loads(line) for line in saved.read_text().splitlines()]
-    for line, prompt in zip(lines, prompts, strict=True):
-        alone = tiny.hps(reward.read_image(folder / line["image"]), [prompt]).item()
-        assert line["prompt"] == prompt and line["score"] == pytest.approx(alone, abs=1e-6)
-    for factor, status in ((1.000146, 0), (1.000152, 3)):
-        scaled = [json.dumps(line | dict(score=line["score"] * factor)) for line in reversed(lines)]
-        saved.write_text("\n".join(scaled))
-        with pytest.raises(SystemExit) as end:
-            score_lines(tiny, capsys, folder, "--against", saved, "--prompts",
-                        tmp_path / "prompts.txt")
-        assert end.value.code == status
-        assert capsys.readouterr().out.endswith(f"reward {'OFF' if status else 'OK'}\n")
+@pytest.mark.parametrize("names, prompts", [
+    ("8_35mm_photo_of_1965 07-a_cat", ["35mm photo of 1965", "a cat"]),
+    ("7_3_red_circles", ["3 red circles"]), ("0001", None), ("a_cat 0001", None),
+    ("ComfyUI_00001_ ComfyUI_00002_", None), ("step_00000 step_00020", None)])
+def test_prompts_in_names(names, prompts):
+    """Numbers of the prompt lost with the counter; plausible scores for the word ComfyUI."""
+    files = [Path(f"x/{name}.png") for name in names.split()]
+    if prompts:
+        assert reward.prompts_from_names(files) == prompts
+    else:
+        with pytest.raises(BadInput, match=r"--prompt \(not given\): must be.* x/"):
+            reward.prompts_from_names(files)
+
+@pytest.mark.parametrize("paths, falls", [
+    ("1.png 2.png 10.png", False), ("1.png 10.png 2.png", True), ("10_b.png 1_a.png", True),
+    ("run10/a.png run2/a.png", True), ("/disk1/cat.png /disk1/ant.png", False), ("b2 a1", False)])
+def test_order_of_pictures(paths, falls):
+    """Prompts of other pictures, as a shell sorts 10 before 2; an order that is meant, refused."""
+    with mock.patch.object(reward, "require") as require:
+        reward.check_order(paths.split())
+    assert falls == (not all(call.args[0] for call in require.call_args_list))
+
+@pytest.mark.parametrize("save", ["pictures", "pictures/", "link", "none/x", "/proc/x", "file/x"])
+def test_places_to_save_to(save, tiny, tmp_path, monkeypatch, capsys):
+    """A folder of pictures that a file of scores replaces; a traceback after all is scored."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reward, "load_reward", lambda *_: pytest.fail("was not at once"))
+    for name in ("pictures/0.png", "file"):
+        write(Path(name), "mine")
+    Path("link").symlink_to("pictures")
+    with pytest.raises(SystemExit, match="2"):
+        score_lines(tiny, capsys, "--prompt", "x", "pictures", "--save", save)
+    assert capsys.readouterr().err.startswith(f"error: --save {save}: must be a file")
+    assert {*map(str, Path().rglob("*"))} == {"pictures", "pictures/0.png", "file", "link"}
+
+@pytest.mark.parametrize("expected, error, allowed", [
+    ([0.28, 0.29, 0.27], 4.1e-5, True), ([0.28, 0.29, 0.27], 4.3e-5, False),
+    ([0.1, -0.1], 1.49e-5, True), ([0.1, -0.1], 1.51e-5, False), ([0.3], 4.4e-5, True),
+    ([0.3], 4.6e-5, False), ([0.0], 0.0, True), ([0.3, math.nan], 0.0, False),
+    ([0.3, math.inf], 0.0, False)])
+def test_errors_of_scores(expected, error, allowed):
+    """Rewards with a mean of 0, whose errors are infinite; nan, which no limit holds."""
+    expected = torch.tensor(expected)
+    assert reward.compare((expected + error).tolist(), expected) == allowed
+
+def test_scores_of_two_devices(tiny, tmp_path, capsys, monkeypatch):
+    """Pictures 0, 1, 10, 11, 2 with others' prompts or scores; equal names in two folders; files
+    that cannot be put together; scores of other pictures that pass."""
+    prompts, lines = reward.TINY_PROMPTS[:12], []
+    monkeypatch.chdir(tmp_path)
+    for seed, folder in enumerate("ab"):
+        Path(folder).mkdir()
+        for i, prompt in enumerate(prompts):
+            picture = reward.draw(prompt, np.random.default_rng(seed), size=32 + 16 * (i == 2))
+            Image.fromarray(picture).save(f"{folder}/{i}_{prompt.replace(' ', '_')}.png")
+        score_lines(tiny, capsys, folder, "--save", "s.jsonl")
+        lines += Path("s.jsonl").read_text().splitlines(keepends=True)
+    line = json.loads(lines[10])
+    alone = tiny.hps(reward.read_image(Path("a", line["image"])), [prompts[10]]).item()
+    assert line["prompt"] == prompts[10] and line["score"] == pytest.approx(alone, abs=1e-6)
+    write(Path("p.txt"), "\n".join(prompts))
+    shell_order = " ".join(sorted(map(str, Path("a").iterdir())))
+    for saved, given, status, words in (
+            (lines, "a b", 0, "reward OK\n"), (lines, "b a", 3, "reward OFF\n"),
+            (lines[::-1], "a b", 2, "same order"), (lines[:12], "a b", 2, "same order"),
+            (lines[:12], "a --prompts p.txt", 0, "OK\n"),
+            (lines[:12], shell_order + " --prompts p.txt", 2, "1_a_red_square.png, so it may")):
+        write(Path("s.jsonl"), "".join(saved))
+        with pytest.raises(SystemExit, match=str(status)):
+            score_lines(tiny, capsys, *given.split(), "--against", "s.jsonl")
+        assert words in "".join(capsys.readouterr())
 
 # ---------------------------------------------------------------------------------- what goes wrong
 
@@ -1278,14 +1364,14 @@ SCORING = [
     ("pictures --device npu", "CANN"), ("pictures --device tpu", "auto or cuda"),
     *((name, f"{name}: must be a picture") for name in ("cut.png", "page.png", "none.png")),
     ("empty", "must be a picture"), ("pictures", "--prompt (not given)"),
-    ("pictures --batch 0", "at least 1"), ("pictures --batch many", "invalid int"),
+    ("pictures --batch 4", "unrecognized"),
     ("pictures --prompts one.txt", "1 prompts for 2"),
     ("pictures --prompt x --prompts one.txt", "not allowed with"),
     *((f"pictures --prompt x {flags}", words) for flags, words in {
         "--save none/x": "folder that exists", "--against other.jsonl": "--save wrote",
         "--against none.jsonl": "--against none.jsonl", "--hps none.pt": "--hps none.pt",
-        "--hps page.pt": "--hps page.pt: must be a whole", "--hps a/b/c.pt": "no connection",
-        "--pickscore a/b --reward pickscore": "no connection",
+        "--hps page.pt": "--hps page.pt: must be a whole", "--hps a/b/c.pt": "the download failed",
+        "--pickscore a/b --reward pickscore": "the download failed",
         "--reward clip": "--clip (not given)", "--reward none": "must be hps, clip",
         "--reward hps,clip": "one reward"}.items())]
 
