@@ -5,29 +5,29 @@ DanceGRPO (Xue et al., arXiv 2505.07818) in six stages, as numbered in train_ste
     1. plan: G images for each of P prompts; a group shares a prompt    plan_step
     2. draw the noise that each image starts from                       draw_latents
     3. turn it into an image by T small SDE steps                       rollout, flux_step
-    4. decode the images and score them with a reward model             decode, reward.HPS
-    5. advantage: standard deviations above the mean of the group       group_advantages
-    6. make the steps with A > 0 more probable: PPO's clipped loss      update, grpo_loss
+    4. decode the images and score them with a reward model             decode, reward.score
+    5. advantage A: standard deviations above the mean of the group     group_advantages
+    6. make denoising steps with A > 0 likelier, the others less: PPO   update, grpo_loss
 
 train repeats this with the next prompts. What differs from DanceGRPO's code (README says how
 much each difference matters):
 
-    1. The transformer is given sigma as its timestep, not int(1000 sigma) / 1000.
-    2. Rollout and update use one batch size, whatever it is, so the first ratio is exactly 1.
-    3. Every random draw has a key (seed, purpose, step, prompt_index, sample, t): the same
-       images on every device, at every batch size and number of processes.
-    4. With bf16 only the models compute in bf16; SDE steps, images and scores are fp32.
-    5. The VAE decodes an image at once. FLUX.1's VAE would cut tiles above 1024 pixels only.
-    6. A group of equal rewards gets advantages of exactly 0; a batch of them, no optimizer step.
+    - The transformer is given sigma as its timestep, not int(1000 sigma) / 1000.
+    - Rollout and update use one batch size, so the first ratio is exactly 1.
+    - Every random draw has a key (seed, purpose, step, prompt_index, sample, t): the same
+      noise on every device, at every batch size and number of processes.
+    - With bf16 only the models compute in bf16; SDE steps, images and scores are fp32.
+    - The VAE decodes without tiles; with FLUX.1's, tiles would differ above 1024 pixels only.
+    - Equal rewards of a group give advantages of 0; an optimizer step of them is left out.
 
     python grpo_flux.py                                      # a tiny FLUX, on a laptop
     torchrun --nproc_per_node 8 grpo_flux.py --model black-forest-labs/FLUX.1-dev \\
         --prompts prompts.txt                                # FLUX.1-dev on eight GPUs
 
-Letters of shapes: B samples of this process, b of a micro-batch, P prompts, G samples of a group,
-S samples of an optimizer step, T denoising steps, K trained ones, L latent tokens of an image, C
-channels of one, N text tokens, E channels of one; unpacked latents are (c, h, w). A step is a
-number from 0 in code and in keys, and counts from 1 wherever a person reads it.
+Letters in shapes: B samples of this process, b of a micro-batch; P prompts, G samples of a
+group, S samples of an optimizer step; T denoising steps, W of them SDE steps, K of those
+trained; L latent tokens of C channels, N text tokens of E channels; unpacked latents are
+(c, h, w). Steps count from 0 in code and in keys, from 1 wherever a person reads them.
 """
 
 import argparse
@@ -80,9 +80,8 @@ on_draw = None  # --record and --replay put a function (draw, key) -> draw here
 def randn(shape, *key):
     """Draw standard normal fp32 numbers of this shape; equal keys give equal numbers anywhere.
 
-    key: (seed, purpose, step, prompt_index, sample, t) or a prefix of it. numpy's normal
-    sampler hardly calls the system's libm, so it is reproducible; rounding to fp32 removes
-    the rest.
+    key: (seed, purpose, step, prompt_index, sample, t) or a prefix of it. numpy's sampler
+    rarely calls the system's libm, and rounding to fp32 hides the last bit of a difference.
     """
     numbers = np.random.default_rng(key).standard_normal(shape)
     draw = torch.from_numpy(numbers.astype(np.float32))
@@ -95,7 +94,7 @@ def randperm(n, *key):
     return on_draw(draw, key) if on_draw else draw
 
 def send(tensor, device):
-    """Copy a CPU tensor to a device without waiting for the copy, from pinned memory."""
+    """Copy a CPU tensor to a device, through pinned memory, without waiting for the copy."""
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -110,39 +109,6 @@ def sigma_schedule(sampling_steps: int, shift: float) -> list[float]:
     us = [1 - t / sampling_steps for t in range(sampling_steps + 1)]
     return [shift * u / (1 + (shift - 1) * u) for u in us]
 
-def sde_mean_std(v, x, sigma, sigma_next, eta, sde="dance"):
-    """Return the mean (B, L, C) and std of the Gaussian from which an SDE step draws x_next.
-
-    The SDE adds noise to the ODE dx = v dσ, and corrects its drift with the score ∇ log p(x),
-    so that for small steps x is distributed as under the ODE. x1 is standard normal, hence x
-    given x0 is N((1 - σ) x0, σ²), and Tweedie's formula gives the score with x0 = x - σ v,
-    the mean of x0 given x, in its place. With dt = σ' - σ < 0:
-
-      dance  score = -(x - (1 - σ) x0) / σ²;  mean = x + v dt - ½ η² score dt;  std = η√-dt
-             (DanceGRPO, arXiv 2505.07818)
-      flow   the same with η √(σ / (1 - σ)) for η; at σ = 1, where that divides by 0, 1 - σ'
-             takes the place of 1 - σ (Flow-GRPO, arXiv 2505.05470)
-      cps    std = σ' sin(η π/2);  mean = (1 - σ') x0 + √(σ'² - std²) x1; it keeps the noise
-             level, but its images are narrower (Flow-CPS, arXiv 2509.05952)
-
-    sigma, sigma_next: tensors that broadcast to (B, 1, 1), as std does. eta above 0.
-    """
-    dt = sigma_next - sigma
-    x0 = x - sigma * v
-    if sde == "cps":
-        x1 = x + (1 - sigma) * v
-        std = sigma_next * math.sin(eta * math.pi / 2)
-        mean = (1 - sigma_next) * x0 + (sigma_next**2 - std**2).sqrt() * x1
-        return mean, std
-
-    if sde == "flow":
-        level = torch.where(sigma < 1, sigma, sigma_next)
-        eta = eta * (sigma / (1 - level)).sqrt()
-    score = -(x - (1 - sigma) * x0) / sigma**2
-    mean = x + v * dt - 0.5 * eta**2 * score * dt
-    std = eta * (-dt).sqrt()
-    return mean, std
-
 def flux_step(v, x, sigma, sigma_next, eta, sde="dance",
               noise=None, x_next=None):
     """Take one denoising step σ -> σ', or score one that was taken: (x_next, x0, logp).
@@ -153,13 +119,14 @@ def flux_step(v, x, sigma, sigma_next, eta, sde="dance",
     see sde_mean_std.
 
     v, x, noise, x_next: (B, L, C) fp32. sigma, sigma_next: floats or tensors (B, 1, 1). Give
-    exactly one of noise, to take a step, and x_next, to score one. With eta = 0 the step is
-    the ODE's and needs neither. Raises ValueError for another sde than dance, flow or cps.
+    exactly one of noise, to take a step, and x_next, to score one. With eta = 0, as for the
+    last step (σ' = 0), it is the ODE's and needs neither. Raises ValueError for another sde
+    than dance, flow or cps.
 
-    Returns x_next (B, L, C); x0 (B, L, C), the image that v points to; and logp (B,), the
-    mean over L and C of log N(x_next; mean, std²), nan if eta = 0. With the sum over all L C
-    numbers the ratio exp(logp - logp_old) would be 0 or infinite after any update; the mean
-    gives its (L C)-th root, so the clip range is 1e-4 and not 0.2.
+    Returns x_next (B, L, C); x0 (B, L, C), the image that v points to; and logp (B,), the mean
+    over L and C of log N(x_next; mean, std²), nan if eta = 0. A sum over all L C numbers would
+    make the ratio exp(logp - logp_old) 0 or infinite after any update. The mean makes it the
+    (L C)-th root of that, so the clip range is 1e-4 and not 0.2.
     """
     if sde not in ("dance", "flow", "cps"):
         raise ValueError(f"sde {sde!r} must be dance, flow or cps")
@@ -175,17 +142,51 @@ def flux_step(v, x, sigma, sigma_next, eta, sde="dance",
     if x_next is None:
         x_next = mean + std * noise  # stays fp32: rounding it to bf16 would change logp
 
-    # The step that was taken is data, the action of the policy: the gradient runs through mean.
+    # The step taken is data, the policy's action: the gradient runs through mean alone.
     deviation = (x_next.detach() - mean) / std
     constant = 0.5 * math.log(2 * math.pi)
     logp = -0.5 * deviation**2 - std.log() - constant
     return x_next, x0, logp.mean(dim=(1, 2))
 
+def sde_mean_std(v, x, sigma, sigma_next, eta, sde="dance"):
+    """Return the mean (B, L, C) and std of the Gaussian from which an SDE step draws x_next.
+
+    The SDE is the ODE dx = v dσ plus noise. Noise alone would widen the distribution of x; a
+    drift along the score ∇ log p(x) undoes this, so that for small steps x is distributed as
+    under the ODE. x given x0 is N((1 - σ) x0, σ²); by Tweedie's formula the score is that of
+    this Gaussian, with the mean of x0 given x, which is x - σ v, as x0. With dt = σ' - σ < 0:
+
+      dance  score = -(x - (1 - σ) x0) / σ²;  mean = x + v dt - ½ η² score dt;  std = η√-dt
+             (DanceGRPO, arXiv 2505.07818)
+      flow   the same with η √(σ / (1 - σ)) for η; at σ = 1, where that divides by 0, 1 - σ'
+             takes the place of 1 - σ (Flow-GRPO, arXiv 2505.05470)
+      cps    std = σ' sin(η π/2);  mean = (1 - σ') x0 + √(σ'² - std²) x1; x keeps
+             the noise of σ', but the images vary less (Flow-CPS, arXiv 2509.05952)
+
+    sigma, sigma_next: tensors that broadcast to (B, 1, 1), as std does. eta above 0.
+    """
+    dt = sigma_next - sigma
+    x0 = x - sigma * v
+    if sde == "cps":
+        x1 = x + (1 - sigma) * v
+        std = sigma_next * math.sin(eta * math.pi / 2)
+        mean = (1 - sigma_next) * x0 + (sigma_next**2 - std**2).sqrt() * x1
+        return mean, std
+
+    if sde == "flow":
+        sigma_below_1 = torch.where(sigma < 1, sigma, sigma_next)
+        eta = eta * (sigma / (1 - sigma_below_1)).sqrt()
+    score = -(x - (1 - sigma) * x0) / sigma**2
+    mean = x + v * dt - 0.5 * eta**2 * score * dt
+    std = eta * (-dt).sqrt()
+    return mean, std
+
 def gaussian_kl(v, v_reference, x, sigma, sigma_next, eta, sde="dance"):
     """Return the KL divergence (B,) between the SDE steps of two models from the same x.
 
-    Both are Gaussian with one std, so it is (mean - mean_reference)² / (2 std²), here the mean
-    over L and C. sigma, sigma_next: tensors (B, 1, 1); the others are those of flux_step.
+    Both are Gaussians with the same std, so each number adds (mean - mean_reference)² /
+    (2 std²). As in logp, this is the mean over L and C. sigma, sigma_next: tensors (B, 1, 1);
+    the other arguments are those of flux_step.
     """
     mean, std = sde_mean_std(v, x, sigma, sigma_next, eta, sde)
     mean_reference, _ = sde_mean_std(v_reference, x, sigma, sigma_next, eta, sde)
@@ -195,13 +196,12 @@ def gaussian_kl(v, v_reference, x, sigma, sigma_next, eta, sde="dance"):
 # ------------------------------------------------------------------------------------ GRPO
 
 def group_advantages(rewards, num_generations, eps=1e-8):
-    """(B,) rewards, group by group -> (B,) advantages: (r - mean) / (std + eps) within a
-    group.
+    """Return the advantage of each reward within its group: (r - mean) / (std + eps).
 
-    Unbiased std, as in DanceGRPO. A group of equal rewards gets exactly 0: the formula alone
-    would divide the rounding error of its mean by eps.
+    rewards (P G,), group after group. Unbiased std, as in DanceGRPO. A group of equal rewards
+    gets exactly 0: the formula alone would divide the rounding error of its mean by eps.
     """
-    r = rewards.view(-1, num_generations)  # (B / G, G)
+    r = rewards.view(-1, num_generations)  # (P, G)
     mean = r.mean(1, keepdim=True)
     std = r.std(1, keepdim=True)
     advantages = (r - mean) / (std + eps)
@@ -209,12 +209,12 @@ def group_advantages(rewards, num_generations, eps=1e-8):
     return advantages.masked_fill(all_equal, 0).flatten()
 
 def grpo_loss(logp, logp_old, advantages, clip_range, adv_clip_max):
-    """PPO's clipped loss (Schulman et al., arXiv 1707.06347, section 3): the mean of
-    max(-A ρ, -A clip(ρ, 1 - ε, 1 + ε)) with ρ = exp(logp - logp_old).
+    """Return PPO's clipped loss (Schulman et al., arXiv 1707.06347, section 3) and statistics.
 
-    logp (of the current policy, with gradient), logp_old (of the rollout), advantages A:
-    (B,). Returns the loss and a dict of scalars: the mean ratio, the largest |ρ - 1|, and the
-    share of samples whose gradient the clip has made 0.
+    The loss is the mean of max(-A ρ, -A clip(ρ, 1 - ε, 1 + ε)), ρ = exp(logp - logp_old), with
+    ε = clip_range and A = advantages limited to ± adv_clip_max. logp (of the current policy,
+    with gradient), logp_old (of the rollout), advantages: (b,). Statistics: the mean ratio,
+    the largest |ρ - 1|, and the share of samples whose gradient the clip has made 0.
     """
     A = advantages.clamp(-adv_clip_max, adv_clip_max)
     ratio = (logp - logp_old).exp()
@@ -222,11 +222,11 @@ def grpo_loss(logp, logp_old, advantages, clip_range, adv_clip_max):
     clipped = -A * ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = torch.maximum(unclipped, clipped).mean()
 
-    # Where the clipped term is the larger one, it is a constant: this sample has no gradient.
     ratio = ratio.detach()
     stats = {
         "ratio": ratio.mean(),
         "ratio_max_dev": (ratio - 1).abs().max(),
+        # Where the clipped term is larger, it is a constant: the sample has no gradient.
         "clip_frac": (clipped > unclipped).float().mean(),
     }
     return loss, stats
@@ -236,11 +236,11 @@ def grpo_loss(logp, logp_old, advantages, clip_range, adv_clip_max):
 def plan_step(step, cfg, rank=0, world=1):
     """Return the keys (step, prompt_index, sample) of this process's samples, B = P G / world.
 
-    The order of all P G samples is that of training, S for each optimizer step: whole groups
-    if S is a multiple of G, else the next S / P images of every prompt, DanceGRPO's way. Each
-    process takes an equal, contiguous part of each S. With P = 2, G = 4, S = 4 and two
-    processes the order is 0.0 0.1 0.2 0.3, 1.0 1.1 1.2 1.3 (prompt.sample), and the first
-    process has 0.0 0.1, 1.0 1.1.
+    The samples are in the order of training, S for each optimizer step: whole groups if S is a
+    multiple of G, else S / P images of every prompt, as in DanceGRPO. Each process takes an
+    equal, contiguous part of each S. As prompt.sample: P = 2, G = 4, S = 4 gives 0.0 0.1 0.2
+    0.3 | 1.0 1.1 1.2 1.3, and the first of two processes has 0.0 0.1 | 1.0 1.1. P = 2, G = 3,
+    S = 2 gives 0.0 1.0 | 0.1 1.1 | 0.2 1.2.
     """
     P, G, S = cfg.num_prompts, cfg.num_generations, cfg.batch_size
     in_a_row = G if S % G == 0 else S // P  # consecutive images of one prompt
@@ -252,31 +252,30 @@ def plan_step(step, cfg, rank=0, world=1):
 
     share = S // world
     mine = []
-    for start in range(rank * share, P * G, S):
+    for start in range(rank * share, P * G, S):  # its part of each S
         mine += order[start:start + share]
     return mine
 
 def sde_steps(step, cfg):
-    """Return the range of denoising steps of a GRPO step that are stochastic.
+    """Return the range of denoising steps that are SDE steps in a GRPO step.
 
-    All but the last, or a window of them that moves (MixGRPO, Li et al., arXiv 2507.21802).
-    The other steps are the ODE's.
+    All but the last, or a window of W (MixGRPO, Li et al., arXiv 2507.21802), which moves by
+    one every window_shift_every GRPO steps (0: at random). The others are ODE steps.
     """
     W = cfg.sde_window or cfg.sampling_steps - 1
-    positions = cfg.sampling_steps - W
+    positions = cfg.sampling_steps - W  # where the window may start
     if cfg.window_shift_every:
         start = step // cfg.window_shift_every % positions
     else:
         order = randperm(positions, cfg.seed, WINDOW, step)
-        start = int(order[0])  # each position is as likely
+        start = int(order[0])  # each position is equally likely
     return range(start, start + W)
 
 def num_train_steps(cfg):
-    """Return K, how many of its W SDE steps a sample trains on.
+    """Return K, the number of its W SDE steps that a sample trains on.
 
-    timestep_fraction 0 stands for DanceGRPO's 0.6, but for all of them if there are few: a
-    window is chosen to be trained, and 0.6 of the 3 SDE steps of a 4-step model would leave
-    1.
+    timestep_fraction 0 means DanceGRPO's 0.6. It means all W with a window, which is there to
+    be trained, or if W < 8: 0.6 of the 3 SDE steps of a 4-step model would leave 1.
     """
     W = cfg.sde_window or cfg.sampling_steps - 1
     fraction = cfg.timestep_fraction
@@ -288,17 +287,18 @@ Trajectory = namedtuple("Trajectory", [
     "sigmas",  # (T + 1,)
     "x",  # (B, T, L, C), before each denoising step
     "x0",  # (B, L, C), the images, as latents
-    "logp",  # (B, T - 1)
+    "logp",  # (B, T - 1), nan outside of the window
 ])
 
 @torch.no_grad()
 def rollout(predict, x, text, keys, cfg, eta, window=None):
-    """Turn noise x (B, L, C) into images: a Trajectory.
+    """Turn noise x (B, L, C) into images; return a Trajectory.
 
-    eta > 0 takes SDE steps inside the window (all but the last, if none is given) and ODE
-    steps outside of it; eta = 0 takes ODE steps alone and needs no keys. keys[i] = (step,
-    prompt_index, sample) names the noise of sample i. The last step is deterministic, so its
-    x0 is the image.
+    predict(x, sigma, text) is the velocity of a micro-batch; text: tensors, one row per
+    sample. keys[i] = (step, prompt_index, sample) names the noise of sample i. SDE steps are
+    taken inside the window (all but the last, if none is given), ODE steps outside of it;
+    eta = 0 takes ODE steps alone and needs no keys. With cfg.init_same_noise the samples of a
+    prompt must start from equal x. The last step is the ODE's to σ = 0: its x0 is the image.
     """
     T = cfg.sampling_steps
     sigmas = torch.tensor(sigma_schedule(T, cfg.shift))
@@ -310,41 +310,41 @@ def rollout(predict, x, text, keys, cfg, eta, window=None):
     denoise_steps = partial(
         denoise, predict, sigmas=sigmas, window=window, cfg=cfg, eta=eta)
 
-    shared = window.start if cfg.init_same_noise else 0
-    if shared == 0:
+    shared_steps = window.start if cfg.init_same_noise else 0
+    if shared_steps == 0:
         _, states, x0, logp = denoise_steps(x, text, keys, range(T))
         return Trajectory(sigmas, states, x0, logp[:, :-1])
 
-    # Before the window the samples of a prompt follow one deterministic path: compute it once.
-    prompts = [prompt_index for _, prompt_index, _ in keys]
-    distinct = list(dict.fromkeys(prompts))
-    first_rows = torch.tensor([prompts.index(p) for p in distinct])
+    # Samples of a prompt share noise, hence the path up to the window: compute it once.
+    prompt_of_row = [prompt_index for _, prompt_index, _ in keys]
+    distinct = list(dict.fromkeys(prompt_of_row))
+    first_rows = torch.tensor([prompt_of_row.index(p) for p in distinct])
     first_rows = send(first_rows, x.device)
-    text_of_paths = [c[first_rows] for c in text]
-    path = denoise_steps(x[first_rows], text_of_paths, None, range(shared))
+    text_of_paths = [tensor[first_rows] for tensor in text]
+    path = denoise_steps(x[first_rows], text_of_paths, None, range(shared_steps))
 
     # From the window on each sample goes its own way.
-    path_of_row = torch.tensor([distinct.index(p) for p in prompts])
+    path_of_row = torch.tensor([distinct.index(p) for p in prompt_of_row])
     path_of_row = send(path_of_row, x.device)
-    x, before, _, logp_before = [c[path_of_row] for c in path]
-    _, after, x0, logp_after = denoise_steps(x, text, keys, range(shared, T))
+    x, before, _, logp_before = [tensor[path_of_row] for tensor in path]
+    _, after, x0, logp_after = denoise_steps(x, text, keys, range(shared_steps, T))
     states = torch.cat([before, after], dim=1)
     logp = torch.cat([logp_before, logp_after], dim=1)
     return Trajectory(sigmas, states, x0, logp[:, :-1])
 
 def denoise(predict, x, text, keys, steps, sigmas, window, cfg, eta):
-    """Take some denoising steps from x (B, L, C), micro_batch samples a call, all in fp32.
+    """Take some denoising steps from x (B, L, C), micro_batch samples per call; x stays fp32.
 
-    Returns x after them, the x before each of them (B, steps, L, C), the last x0 (B, L, C) and
-    logp (B, steps), which is nan for the steps outside of the window.
+    Returns x after them, the x before each of them (B, len(steps), L, C), the last x0
+    (B, L, C) and logp (B, len(steps)), which is nan for the steps outside of the window.
     """
     results = []
     for start in range(0, len(x), cfg.micro_batch):
         rows = slice(start, start + cfg.micro_batch)
         x_t = x[rows]
-        inputs = [c[rows] for c in text]
+        text_part = [tensor[rows] for tensor in text]
 
-        # The noise of all steps is drawn and copied ahead: then nothing waits for the device.
+        # Draw and copy the noise of all steps first, so that the device never waits for it.
         noise = {}
         for t in steps:
             if t in window:
@@ -353,14 +353,14 @@ def denoise(predict, x, text, keys, steps, sigmas, window, cfg, eta):
 
         states, logps = [], []
         for t in steps:
-            # (b, 1, 1), as in update: equal shapes use equal kernels, and the ratio is exactly 1
+            # (b, 1, 1), as in update: equal shapes run equal kernels, so the first ratio is 1
             sigma = sigmas[t].expand(len(x_t), 1, 1)
             sigma_next = sigmas[t + 1].expand(len(x_t), 1, 1)
-            v = predict(x_t, sigma, inputs)
+            v = predict(x_t, sigma, text_part)
             states.append(x_t)
-            level = eta if t in window else 0
+            eta_t = eta if t in window else 0
             x_t, x0, logp = flux_step(
-                v, x_t, sigma, sigma_next, level, cfg.sde, noise.get(t))
+                v, x_t, sigma, sigma_next, eta_t, cfg.sde, noise.get(t))
             logps.append(logp)
         states = torch.stack(states, dim=1)
         logps = torch.stack(logps, dim=1)
@@ -369,21 +369,22 @@ def denoise(predict, x, text, keys, steps, sigmas, window, cfg, eta):
 
 # ---------------------------------------------------------------------------------- update
 
-FIRST_RATIO_LIMIT = 1e-5  # of |ρ - 1| before the first optimizer step; right code gives exactly 0
+FIRST_RATIO_LIMIT = 1e-5  # of |ρ - 1| before the first optimizer step; correct code has 0
 
 def update(predict, optimizer, trajectory, text, advantages, keys, cfg,
            reference=None, window=None, useful=None,
            first_ratio_limit=FIRST_RATIO_LIMIT, report=None):
-    """Train on a rollout once, an optimizer step for each S samples: a dict of statistics.
+    """Train on a rollout once, with one optimizer step per S samples; return statistics.
 
-    advantages (B,). Each sample trains on K of its SDE steps, chosen at random for itself.
-    Only the first optimizer step is on-policy, so its ratio must be 1, else
-    FloatingPointError.
+    advantages (B,), on the CPU. Each sample trains on its own random K of the SDE steps. In
+    the first optimizer step the policy is still that of the rollout: a ratio other than 1
+    raises FloatingPointError. cfg.micro_batch must divide this process's part of S, so that
+    rollout and update call predict with the same batches, which then round alike.
 
-    reference: predict of the model that kl_beta keeps the policy close to. window: as in
-    rollout. useful: for each optimizer step whether any process has an advantage that is not
-    0; the others are left out. report: called with the statistics of each optimizer step. The
-    host waits for the device once per optimizer step, at its end.
+    reference: predict of the initial policy, for kl_beta. window: as in rollout. useful: for
+    each optimizer step, whether any process has an advantage other than 0; if none has, it is
+    left out; needed with several processes. report: called with the statistics of each
+    optimizer step. The host waits for the device once per optimizer step, at its end.
     """
     sigmas, states, _, logp_old = trajectory
     device = states.device
@@ -399,11 +400,11 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg,
     train_steps = send(torch.stack(train_steps), device)  # (B, K)
 
     # The rows of each optimizer step, in the order of plan_step.
-    count = cfg.num_prompts * cfg.num_generations // cfg.batch_size
+    num_updates = cfg.num_prompts * cfg.num_generations // cfg.batch_size
     all_rows = torch.arange(len(keys), device=device)
-    batches = all_rows.view(count, -1)
+    batches = all_rows.view(num_updates, -1)
     if useful is None:
-        nonzero = advantages.view(count, -1) != 0
+        nonzero = advantages.view(num_updates, -1) != 0
         useful = nonzero.any(dim=1).tolist()
     advantages = send(advantages, device)
 
@@ -411,13 +412,13 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg,
     for rows, is_useful in zip(batches, useful):
         if not is_useful:
             continue
-        sums = {}  # of statistics, which stay on the device until the optimizer step
+        sums = {}  # and one maximum; they stay on the device until the optimizer step
         for name in ("loss", "ratio", "clip_frac", "kl", "ratio_max_dev"):
             sums[name] = torch.zeros((), device=device)
         transitions = len(rows) * K
 
         for part in rows.split(cfg.micro_batch):
-            inputs = [c[part] for c in text]
+            text_part = [tensor[part] for tensor in text]
 
             for k in range(K):
                 # One transition x -> x_next of each sample, each at its own noise level.
@@ -428,20 +429,20 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg,
                 sigma_next = sigmas[t + 1].view(-1, 1, 1)
 
                 # How probable does the policy find it now?
-                v = predict(x, sigma, inputs)
+                v = predict(x, sigma, text_part)
                 _, _, logp = flux_step(
                     v, x, sigma, sigma_next, cfg.eta, cfg.sde, x_next=x_next)
                 loss, stats = grpo_loss(
                     logp, logp_old[part, t], advantages[part],
                     cfg.clip_range, cfg.adv_clip_max)
                 if reference:
-                    v_reference = reference(x, sigma, inputs)
+                    v_reference = reference(x, sigma, text_part)
                     kl = gaussian_kl(
                         v, v_reference, x, sigma, sigma_next, cfg.eta, cfg.sde).mean()
                     stats["kl"] = kl.detach()
                     loss = loss + cfg.kl_beta * kl
 
-                # The gradient is that of the mean over all transitions of the optimizer step.
+                # Gradients add up to this process's mean over transitions; FSDP averages them.
                 (loss * len(part) / transitions).backward()
                 stats["loss"] = loss.detach()
                 largest = stats.pop("ratio_max_dev")
@@ -456,9 +457,8 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg,
     return summarize(history)
 
 def optimizer_step(optimizer, sums, max_grad_norm, first_ratio_limit=math.inf):
-    """Clip the gradient, step unless it is not finite, and return the statistics as
-    numbers."""
-    parameters = optimizer.param_groups[0]["params"]
+    """Clip the gradient, step if its norm is finite, and return the statistics as floats."""
+    parameters = optimizer.param_groups[0]["params"]  # there is one group
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     if hasattr(norm, "full_tensor"):  # a DTensor under FSDP
         norm = norm.full_tensor()
@@ -468,17 +468,18 @@ def optimizer_step(optimizer, sums, max_grad_norm, first_ratio_limit=math.inf):
 
     if stats["ratio_max_dev"] > first_ratio_limit:
         raise FloatingPointError(
-            f"the first ratio is off by {stats['ratio_max_dev']:.1e}, though the policy is still "
-            "that of the rollout: rollout and update compute different velocities (latents rounded "
-            "to bf16, dtype, batch size, dropout, kernels: try --deterministic)")
-    if math.isfinite(stats["grad_norm"]):  # one norm for all processes: all of them step, or none
+            f"the first ratio is off by {stats['ratio_max_dev']:.1e}, though the policy is "
+            "still that of the rollout: rollout and update compute different velocities "
+            "(latents rounded to bf16, dtype, batch size, dropout, kernels: try "
+            "--deterministic)")
+    if math.isfinite(stats["grad_norm"]):  # equal in all processes: all step, or none
         optimizer.step()
     optimizer.zero_grad()
     return stats
 
 def summarize(history):
-    """Return the means over the optimizer steps that were taken, and the largest deviations of
-    the ratio. Statistics of steps that did not happen are absent."""
+    """Return means over the optimizer steps taken, counts of those taken and skipped, and the
+    first and largest |ρ - 1| of both. If none was taken, the means are absent."""
     taken = []
     for stats in history:
         if math.isfinite(stats["grad_norm"]):
@@ -499,11 +500,11 @@ def summarize(history):
 # ----------------------------------------------------------------------------- a GRPO step
 
 def train_step(step, run):
-    """Take GRPO step number `step`, from 0. Return scores {reward: (P G,)} and advantages (P
-    G,) of all processes, group by group, and the statistics of this process's update."""
+    """Take GRPO step number `step`, from 0. Return scores {reward: (P G,)} and advantages
+    (P G,) of all processes, group by group, and the statistics of this process's update."""
     cfg, policy, tape = run.cfg, run.policy, run.tape
     G = cfg.num_generations
-    tape.open(step)
+    tape.open(step)  # --record and --replay; without them the tape does nothing
     window = sde_steps(step, cfg)
 
     # 1. Plan: which samples of which prompts are this process's.
@@ -530,8 +531,8 @@ def train_step(step, run):
     tape.note("reward", *scores.values())
 
     # 5. Compare each image with its group. A group may lie in several processes, so all scores
-    # are gathered and sorted by prompt_index * G + sample: ranks with rows [0 1 4 5] and
-    # [2 3 6 7] give the order [0 1 2 3 4 5 6 7].
+    # are gathered, and `order` sorts them by prompt_index * G + sample: [0 1 4 5 2 3 6 7] for
+    # two ranks with rows [0 1 4 5] and [2 3 6 7].
     rows = torch.tensor([p * G + i for _, p, i in keys])
     order = torch.cat(gather(rows)).argsort()
     for name, mine in scores.items():
@@ -542,22 +543,23 @@ def train_step(step, run):
             advantages += weight * group_advantages(scores[name], G)
     tape.note("advantages", advantages[rows])
 
-    # 6. Train on it. An optimizer step whose advantages are all 0, in all processes, is left out.
+    # 6. Train. An optimizer step whose advantages are 0 in all processes is left out.
     rows_in_order = [p * G + i for _, p, i in plan_step(step, cfg)]
     nonzero = advantages[rows_in_order].view(-1, cfg.batch_size) != 0
     useful = nonzero.any(dim=1).tolist()
     predict = tape.watch("velocity_in_update", policy.predict)
-    history = []
+    history = []  # the statistics of each optimizer step
     stats = update(
         predict, policy.optimizer, trajectory, text, advantages[rows], keys, cfg,
         policy.reference, window, useful, run.first_ratio_limit, history.append)
     tape.close(history)
+    # Not one gradient was finite: nothing has been trained, so stop.
     if history and not stats["updates"] and not cfg.replay:
         raise FloatingPointError(explain_gradient(step, history, policy.steps_taken()))
     policy.update_ema(cfg.ema_decay)
     return scores, advantages, stats
 
-# The algorithm ends here. What follows loads models, saves, records and draws.
+# The algorithm ends here. What follows loads models, saves, records and plots.
 
 # --------------------------------------------------------------------------- FLUX's format
 
