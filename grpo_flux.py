@@ -262,13 +262,14 @@ def sde_steps(step, cfg):
     All but the last, or a window of W (MixGRPO, Li et al., arXiv 2507.21802), which moves by
     one every window_shift_every GRPO steps (0: at random). The others are ODE steps.
     """
-    W = cfg.sde_window or cfg.sampling_steps - 1
-    positions = cfg.sampling_steps - W  # where the window may start
+    T, W = cfg.sampling_steps, cfg.sde_window
+    if W == 0:
+        return range(T - 1)
     if cfg.window_shift_every:
-        start = step // cfg.window_shift_every % positions
+        start = step // cfg.window_shift_every % (T - W)
     else:
-        order = randperm(positions, cfg.seed, WINDOW, step)
-        start = int(order[0])  # each position is equally likely
+        order = randperm(T - W, cfg.seed, WINDOW, step)
+        start = int(order[0])  # each of T - W is equally likely
     return range(start, start + W)
 
 def num_train_steps(cfg):
@@ -653,7 +654,7 @@ class Config:
                        choices=reward.DEVICES)
     dtype: str = flag("auto", "auto: bf16 on an accelerator, fp32 on a CPU", resume="free",
                       choices=("auto", "fp32", "bf16"))
-    compile: bool = flag(False, "compile the blocks: a minute at the start, then faster",
+    compile: bool = flag(False, "compile the blocks: slow at the start, then faster",
                          resume="free")
     gradient_checkpointing: float = flag(1.0, "share of blocks that recompute activations: less "
                                          "memory, slower", 0, 1, resume="free")
@@ -772,7 +773,7 @@ TOLERANCES = dict(
     latents=("relative", 3e-5, 3e-2),  # they add up velocities
     logp=("mean", 1e-6, 1e-5),  # a hundredth, a tenth of the clip range
     images=("mean", 1e-3, 1 / 255),  # in fp32 a quarter of the 8-bit values may round otherwise
-    reward=("relative", 1.5e-4, 1.5e-4),  # an NPU's GELU alone makes 4e-5; as in reward.py
+    reward=("relative", 1.5e-4, 1.5e-4),  # an NPU's GELU alone makes 2e-5; as in reward.py
     advantages=("relative", 5e-3, 2e-2),  # the reward's error over its std in a group
     velocity_in_update=("relative", 5e-5, 3e-2),  # as above, and what the optimizer has done
     loss=("mean", 5e-6, 1e-5),  # rounding of the ratio, times the advantage
@@ -1704,8 +1705,9 @@ def find_checkpoint(cfg, out):
     folder = own[-1] if own else Path(cfg.resume)
     require(Path(cfg.resume).resolve() not in [path.resolve() for path in own[:-1]],
             f"--resume {cfg.resume}: {out} has gone on to {folder}; give that, or another --out")
-    with bad_input_if_fails(f"--resume {cfg.resume}: must be auto, none, or a whole checkpoint "
-                            f"such as RUN/checkpoints/step_00020, which {folder} is not"):
+    with bad_input_if_fails(
+            f"--resume {cfg.resume}: {folder} is not a whole checkpoint, such as RUN/checkpoints/"
+            "step_00020 with its manifest.json; remove it to continue from the one before"):
         step = step_of(folder)
         manifest = json.loads((folder / "manifest.json").read_text())
         found = file_sizes(folder)
@@ -1730,9 +1732,10 @@ def check_same_experiment(cfg, folder):
         if equal or kind in ("free", "local"):
             continue
         unknown_average = f.name == "ema_decay" and not (ours and theirs)
+        content = " with the same content" if f.name in FILE_FLAGS else ""
         require(kind == "tuned" and not unknown_average,
-                f"--{f.name} {ours}: must be {theirs or '(not given)'}, with the same content, as "
-                f"in the run of {folder}; or give another --out")
+                f"--{f.name} {ours}: must be {theirs or '(not given)'}{content}, as in the run of "
+                f"{folder}; or give another --out")
         changes.append(f"{f.name} {theirs} -> {ours}")
     return ", ".join(changes)
 
@@ -1857,7 +1860,8 @@ def read_command_line(argv):
     """Return Config from flags, and for --replay the prompts of each recorded GRPO step."""
     parser = argparse.ArgumentParser(
         "grpo_flux.py", "grpo_flux.py [--flag value ...]", __doc__.partition("\n\n")[0],
-        "README.md explains them all.", allow_abbrev=False)
+        "README.md has commands, settings for cards, and what to do when something fails.",
+        allow_abbrev=False)
     parser.error = lambda message: reward.exit_with_error(f"{message}; see --help")
     for f in fields(Config):
         if f.name in FLAG_GROUPS:
