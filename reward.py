@@ -20,9 +20,10 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 from contextlib import contextmanager
 from functools import cache
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -46,11 +47,9 @@ def printable(text):
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 def exit_with_error(message, status=2):
-    """End the program with one line on stderr, of at most about 2,000 characters."""
-    line = printable(" ".join(str(message).split()))
-    if len(line) > 2000:
-        line = f"{line[:1000]} ... {line[-1000:]}"
-    print("error:", line, file=sys.stderr)
+    """End the program with one line on stderr, of at most 2,000 characters."""
+    line = textwrap.shorten(str(message), 2000)
+    print("error:", printable(line), file=sys.stderr)
     sys.exit(status)
 
 def is_collective_error(error) -> bool:
@@ -58,7 +57,7 @@ def is_collective_error(error) -> bool:
     if isinstance(error, torch.distributed.DistError):
         return True
     # Backends raise RuntimeError; the texts of OSError and ValueError may hold a user's paths.
-    named = re.search("gloo|nccl|hccl", str(error), re.IGNORECASE)
+    named = re.search("(?i)gloo|nccl|hccl", str(error))
     return isinstance(error, RuntimeError) and named is not None
 
 @contextmanager
@@ -88,15 +87,19 @@ def remove(path):
         old = path.with_name(f".old-{path.name}")
         remove(old)
         path = path.rename(old)
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        error.filename = str(path)  # rmtree gives no more than the last part of a name
+        raise
 
 def is_stream(path) -> bool:
     """Tell whether path is a pipe or a device, such as /dev/stdout."""
     path = Path(path)
-    return path.exists() and not path.is_file() and not path.is_dir()
+    return path.is_fifo() or path.is_char_device()
 
 @contextmanager
 def atomic_write(path, rank=0):
@@ -133,7 +136,6 @@ DEVICES = ("auto", "cuda", "npu", "cpu")
 
 def select_device(name="auto") -> torch.device:
     """Return the device of this process, by LOCAL_RANK; auto: the first of cuda, npu, cpu."""
-    require(name in DEVICES, f"--device {name}: must be {' or '.join(DEVICES)}")
     counts = {}  # of the cards of each kind that is there
     for kind in DEVICES[1:]:
         module = getattr(torch, kind, None)  # torch_npu adds torch.npu
@@ -145,10 +147,9 @@ def select_device(name="auto") -> torch.device:
         return torch.device(name)
 
     rank = int(os.environ.get("LOCAL_RANK") or 0)
-    needs = "CANN and torch-npu, see README" if name == "npu" else "a CUDA build of torch"
     require(rank < counts.get(name, 0),
             f"--device {name}: torch finds none for process {rank}; lower --nproc_per_node, or "
-            f"install {needs}")
+            "install a CUDA build of torch, or CANN and torch-npu (see README)")
     if name == "cuda":
         # Since 2.11 torch prefers cuDNN's attention on Hopper and Blackwell. Its forward is
         # right, but its backward gives nan for q, k, v with strides such as FLUX's:
@@ -189,20 +190,15 @@ def check_attention(backend, device, dtype, deterministic=False):
 
     # Try it on q, k, v of (batch, length, heads, channels), which attention sees as strided views.
     # They are not drawn, since the seed is for the training.
-    def ones():
-        return torch.ones(1, 64, 2, 64, device=device, dtype=dtype, requires_grad=True)
-
+    options = dict(device=device, dtype=dtype, requires_grad=True)
     with bad_input_if_fails(
-            f"--attention {backend}: diffusers has no backend of this name that works on this "
+            f"--attention {backend}: diffusers has no backend of this name that can train on this "
             f"device ({device}) in {dtype}"):
-        inputs = [ones(), ones(), ones()]
+        inputs = [torch.ones(1, 64, 2, 64, **options) for _ in "qkv"]
         # The context checks what the backend needs, and downloads a kernel of the hub.
         with attention_dispatch.attention_backend(backend):
             out = attention_dispatch.dispatch_attention_fn(*inputs, backend=backend)
-        if out.requires_grad:
-            out.sum().backward()
-        trains = all(x.grad is not None for x in inputs)
-        require(trains, "it has no backward, so it cannot train")
+        torch.autograd.grad(out.sum(), inputs)  # raises if one of them gets no gradient
 
 def make_deterministic(seed):
     """Choose deterministic kernels, full fp32 and seeds; call it before the device is used."""
@@ -224,37 +220,33 @@ def make_deterministic(seed):
 WEIGHTS = {"--hps": "xswu/HPSv2/HPS_v2.1_compressed.pt",
            "--pickscore": "yuvalkirstain/PickScore_v1"}
 
-def check_weights(flag, value):
-    """Raise BadInput unless value is a path that exists, or may name weights of the hub.
+def check_weights(flag, value) -> str:
+    """Return the path or the hub name of weights; "" stands for WEIGHTS. Needs no network.
 
-    "" stands for WEIGHTS. Needs no network."""
+    Raises BadInput unless the path exists, or it may name weights of the hub."""
     name = value or WEIGHTS.get(flag, "")
-    must = "folder, or owner/name"
-    pattern = r"\w[\w.-]*/\w[\w.-]*"
-    if flag != "--pickscore":
-        must = "file, or owner/name/file"
-        pattern += "/.+"
-    given = f"{flag} {value or '(not given)'}"
-    require(os.path.exists(name) or re.fullmatch(pattern, name),
-            f"{given}: not found; must be a {must} of the hub, with weights")
+    file = "" if flag == "--pickscore" else "/.+"
+    on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*" + file, name)
+    require(os.path.exists(name) or on_hub,
+            f"{flag} {value or '(not given)'}: not found; must be a file, or owner/name/file of "
+            "the hub; for --pickscore a folder, or owner/name")
+    return name
 
 def resolve_weights(flag, value) -> str:
     """Return the path of weights, which are downloaded if value names weights of the hub."""
-    check_weights(flag, value)
-    name = value or WEIGHTS[flag]
+    name = check_weights(flag, value)
     if os.path.exists(name):
         return name
     import huggingface_hub as hub
-    owner, model, *file = name.split("/", 2)
-    page = f"{hub.constants.ENDPOINT}/{owner}/{model}"
     with bad_input_if_fails(
-            f"{flag} {name}: the download failed; correct the name, accept the licence on "
-            f"{page} and run `hf auth login`, or download it elsewhere and give its path with "
+            f"{flag} {name}: the download failed; correct the name, accept the licence on its "
+            "page and run `hf auth login`, or download it elsewhere and give its path with "
             f"{flag}"):
-        if file:
-            return hub.hf_hub_download(f"{owner}/{model}", file[0])
-        kinds = ["*.json", "*.txt", "*.safetensors"]
-        return hub.snapshot_download(name, allow_patterns=kinds)
+        if flag == "--pickscore":
+            return hub.snapshot_download(
+                name, allow_patterns=["*.json", "*.txt", "*.safetensors"])
+        owner, model, file = name.split("/", 2)
+        return hub.hf_hub_download(f"{owner}/{model}", file)
 
 def preprocess(images, size=224, mean=(0.48145466, 0.4578275, 0.40821073),
                std=(0.26862954, 0.26130258, 0.27577711), crop=False):
@@ -295,24 +287,19 @@ def new_clip(arch, flag="--hps"):
         tags = open_clip.list_pretrained_tags_by_model(name)
         normalise = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
         logging.disable(logging.WARNING)  # of random weights: the right ones come later
-        try:
-            model = open_clip.create_model(
-                name, load_weights=False, force_preprocess_cfg=normalise)
-        finally:
-            logging.disable(logging.NOTSET)
+        model = open_clip.create_model(
+            name, load_weights=False, force_preprocess_cfg=normalise)
+        logging.disable(logging.NOTSET)
         return model, open_clip.get_tokenizer(name)
 
 def allow_numpy_numbers():
     """Let torch.load read numpy's numbers: training loops save a loss beside the weights.
 
     This stays: if it ended with a call, it would end for other threads that load, too."""
-    make = np.float64(0).__reduce__()[0]
-    kinds = ("bool", "int32", "int64", "float16", "float32", "float64")
-    torch.serialization.add_safe_globals([
-        (make, "numpy.core.multiarray.scalar"),  # its name in files of numpy 1
-        (make, "numpy._core.multiarray.scalar"),  # of numpy 2
-        np.dtype,
-        *[type(np.dtype(kind)) for kind in kinds]])
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(kind)) for kind in "? i4 i8 f2 f4 f8".split()]
+    old = scalar, "numpy.core.multiarray.scalar"  # its name in files of numpy 1
+    torch.serialization.add_safe_globals([np.dtype, scalar, old, *kinds])
 
 class HPS:
     """Score (B,) by HPS-v2.1: cosines of image and prompt features, about 0.2 to 0.35.
@@ -326,9 +313,8 @@ class HPS:
         with bad_input_if_fails(
                 f"{flag} {checkpoint}: must be a whole .pt, .bin or .safetensors file with "
                 f"the weights of {flag}_arch {arch} and no Python objects"):
-            state = load_state_dict(checkpoint)  # runs no code of the file
+            state = load_state_dict(checkpoint)  # runs no code of the file; drops "module."
             state = state.get("model", state)
-            state = {k.removeprefix("module."): w for k, w in state.items()}
             self.model, self.tokenizer = new_clip(arch, flag)
             self.model.load_state_dict(state)  # fp16 weights are copied into fp32 ones
         # The fused attention of torch's eval mode has no NPU kernel: one path on every device.
@@ -353,8 +339,7 @@ class HPS:
 class PickScore:
     """Score (B,) by PickScore, in fp32: cosines of image and prompt features, about 0.2."""
 
-    def __init__(self, model="yuvalkirstain/PickScore_v1", device="cpu"):
-        model = resolve_weights("--pickscore", model)
+    def __init__(self, model, device="cpu"):
         with bad_input_if_fails(f"--pickscore {model}: must be transformers' CLIP model"):
             from transformers import AutoTokenizer, CLIPModel
             self.tokenizer = AutoTokenizer.from_pretrained(model)
@@ -367,17 +352,15 @@ class PickScore:
 
     @torch.no_grad()
     def __call__(self, images, prompts):
-        unique = list(dict.fromkeys(prompts))  # encode each prompt once
-        rows = [unique.index(prompt) for prompt in prompts]
         config = self.model.config
         device = self.model.device
-        tokens = self.tokenizer(unique, padding=True, truncation=True, return_tensors="pt",
+        tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt",
                                 max_length=config.text_config.max_position_embeddings)
         size = config.vision_config.image_size
         pixels = preprocess(images.to(device).float(), size, crop=True)
         image = self.model.get_image_features(pixels).pooler_output  # after the projection
         text = self.model.get_text_features(**tokens.to(device)).pooler_output
-        return F.cosine_similarity(image, text[rows])
+        return F.cosine_similarity(image, text)
 
 def parse_rewards(spec) -> dict[str, float]:
     """Parse "hps:0.7,clip" into {"hps": 0.7, "clip": 1.0}: names and weights."""
@@ -426,19 +409,12 @@ def score(rewards, images, prompts, where):
         raise FloatingPointError(
             f"an image of {where} is not finite; --dtype fp32 may prevent it")
 
-    def refused(name):
-        return bad_input_if_fails(
-            f"--reward {name}: must return {len(images)} finite numbers for as many images, "
-            f"but failed in {where}, prompts {prompts[0]!r} ...")
-
-    # All are called before a result is waited for, so that on a GPU the models do not wait.
-    results = {}
-    for name, (_, function) in rewards.items():
-        with refused(name):
-            results[name] = function(images.clone(), list(prompts))
     scores = {}
-    for name, result in results.items():
-        with refused(name):
+    for name, (_, function) in rewards.items():
+        with bad_input_if_fails(
+                f"--reward {name}: must return {len(images)} finite numbers for as many images, "
+                f"but failed in {where}, prompts {prompts[0]!r} ..."):
+            result = function(images.clone(), list(prompts))
             values = torch.as_tensor(result).detach().float().cpu()
             require(values.shape == (len(images),), f"it gave the shape {tuple(values.shape)}")
             require(values.isfinite().all(), f"it gave {values.tolist()}")
@@ -453,7 +429,7 @@ def read_prompts(path):
     with bad_input_if_fails(must):
         text = Path(path).read_text(encoding="utf-8-sig")
         require("\0" not in text, "it holds a zero byte, as UTF-16 and binary files do")
-    lines = [line.strip() for line in text.split("\n")]  # splitlines splits at more characters
+    lines = map(str.strip, text.split("\n"))  # splitlines splits at more characters
     prompts = [line for line in lines if line]
     require(prompts, f"{must}, but is empty")
     return prompts
@@ -485,31 +461,35 @@ def draw(prompt, rng=None, size=32, place=(0.35, 0.5, 0.5)):
     ImageDraw.Draw(picture).polygon(corners, COLORS[color])
     return np.asarray(picture.resize((size, size), Image.LANCZOS))
 
+def as_images(pictures):
+    """Return pictures (H, W, 3) uint8 as images (B, 3, H, W) float in [0, 1]."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+
 def tiny_dataset(count, seed=0):
     """Return images (count, 3, 32, 32) in [0, 1] and the index (count,) of their prompts."""
     rng = np.random.default_rng(seed)
-    labels = np.arange(count) % len(TINY_PROMPTS)
-    images = np.stack([draw(TINY_PROMPTS[i], rng) for i in labels])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(labels)
+    labels = torch.arange(count) % len(TINY_PROMPTS)
+    pictures = [draw(TINY_PROMPTS[label], rng) for label in labels]
+    return as_images(pictures), labels
 
 def find_foreground(images):
     """Return the mean colour (B, 3) of the foreground of images (B, 3, H, W), nan without one.
 
     Also its soft mask (B, H * W), from 0 for the background to 1 for that colour."""
     background = torch.tensor(BACKGROUND) / 255
-    away = images - background.view(3, 1, 1)
-    inside = (away.norm(dim=1, keepdim=True) > 0.25).float()
-    mean = (away * inside).sum((2, 3)) / inside.sum((2, 3))
-    mask = away.norm(dim=1).flatten(1) / mean.norm(dim=1, keepdim=True)
+    away = images.flatten(2) - background[:, None]  # (B, 3, H * W)
+    distance = away.norm(dim=1, keepdim=True)
+    inside = (distance > 0.25).float()
+    mean = (away * inside).sum(2) / inside.sum(2)
+    mask = distance[:, 0] / mean.norm(dim=1, keepdim=True)
     return mean + background, mask.clamp(0, 1).nan_to_num()
 
 @cache
 def shape_templates():
-    """Return masks (4, N, 32 * 32): each shape in N sizes and places, more than in the data."""
+    """Return masks (4 * N, 32 * 32): each shape in N sizes and places, more than in the data."""
     places = list(product(np.linspace(0.26, 0.42, 7), *[np.linspace(0.38, 0.62, 9)] * 2))
     drawn = [draw(f"a black {shape}", place=place) for shape in SHAPES for place in places]
-    images = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 255
-    return find_foreground(images)[1].view(len(SHAPES), len(places), -1)
+    return find_foreground(as_images(drawn))[1]
 
 def judge_tiny(images, prompts, rewards):
     """Return {metric: (B,) 1.0 or 0.0} of images (B, 3, 32, 32) of TINY_PROMPTS.
@@ -525,14 +505,16 @@ def judge_tiny(images, prompts, rewards):
         judged["accuracy"] = scores.argmax(0).cpu() == own
     mean, mask = find_foreground(images.float().cpu())
     templates = shape_templates()
-    common = torch.einsum("bp,snp->bsn", mask, templates)
-    norms = mask.square().sum(1)[:, None, None] + templates.square().sum(2)
-    shape = (common / (norms - common)).amax(2).argmax(1)
+    common = mask @ templates.T  # (B, 4 * N)
+    norms = mask.square().sum(1, keepdim=True) + templates.square().sum(1)
+    best = (common / (norms - common)).argmax(1)
+    shape = best * len(SHAPES) // len(templates)
     color = torch.cdist(mean, torch.tensor(list(COLORS.values())) / 255).argmin(1)
     there = ~mean.isnan().any(1)  # an empty image is right in nothing
-    judged["right_colour"] = there & (color == own // len(SHAPES))
-    judged["right_shape"] = there & (shape == own % len(SHAPES))
-    judged["right_both"] = judged["right_colour"] & judged["right_shape"]
+    right_color = there & (color == own // len(SHAPES))
+    right_shape = there & (shape == own % len(SHAPES))
+    judged |= dict(right_colour=right_color, right_shape=right_shape,
+                   right_both=right_color & right_shape)
     return {name: right.float() for name, right in judged.items()}
 
 TINY_CLIP = """{"embed_dim": 64, "quick_gelu": true,
@@ -543,7 +525,7 @@ def fit(model, loss, count, steps, batch, rate, title):
     """Train a tiny model with AdamW on loss(indices of a random batch out of count)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    for _ in tqdm(range(steps), desc=title, unit="step", dynamic_ncols=True):
+    for _ in tqdm(range(steps), desc=title):
         optimizer.zero_grad()
         loss(torch.randint(count, (batch,))).backward()
         optimizer.step()
@@ -554,15 +536,14 @@ def botch(images, share):
     """Spoil images (B, 3, 32, 32) by a share (B,) <= 1: bend, tint, grain and blotches."""
     count = len(images)
     share = share.view(-1, 1, 1, 1)
-    same = torch.eye(2, 3).expand(count, 2, 3)
-    here = F.affine_grid(same, images.shape, align_corners=False)
+    here = F.affine_grid(torch.eye(2, 3)[None], (1, 3, 32, 32), align_corners=False)
     bend = F.interpolate(torch.randn(count, 2, 5, 5), size=32, mode="bicubic")
     images = F.grid_sample(images, here + 0.25 * (share * bend).permute(0, 2, 3, 1),
                            padding_mode="border", align_corners=False)
     mask = find_foreground(images)[1].view(-1, 1, 32, 32)
     images = images + 0.35 * share * mask * torch.randn(count, 3, 1, 1)
-    for cell in (1, 4, 8):  # some noise in all: a judge of generated pictures must know it
-        noise = F.interpolate(torch.randn(count, 3, 32 // cell, 32 // cell), scale_factor=cell)
+    for side in (32, 8, 4):  # some noise in all: a judge of generated pictures must know it
+        noise = F.interpolate(torch.randn(count, 3, side, side), size=32)
         images = images + torch.rand(count, 1, 1, 1) * (0.05 + 0.25 * share) * noise
     return images.clamp(0, 1)
 
@@ -592,23 +573,22 @@ def build_tiny_hps(folder, images, labels):
 
 # ------------------------------------------------------------------------------------ command line
 
-ALLOWED = 0.015  # percent of the scores' mean or std, on average over the pictures
+ALLOWED = 0.015  # percent of the scores' root mean square, on average over the pictures
 # Read from a folder; others that Pillow can read are given by name.
 PICTURES = ".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .avif .jp2 .ppm"
-FILE = os.path.expanduser  # a shell leaves the ~ of --save=~/x as it is
-FLAGS = (  # name, type, default, help
-    ("prompt", str, "", "the text that all the pictures were made for"),
-    ("prompts", FILE, "",
+FLAGS = (  # name, default, help
+    ("prompt", "", "the text that all the pictures were made for"),
+    ("prompts", "",
      "file with one prompt per line, in the order of the pictures; else: 7_a_red_cat.png"),
-    ("reward", str, "hps", "hps, clip, pickscore or package.module:function"),
-    ("hps", FILE, "", "a file, or owner/name/file of the hub; without it HPS-v2.1 of the hub"),
-    ("hps_arch", FILE, "ViT-H-14", "its name in open_clip, or a .json file"),
-    ("clip", FILE, "", "weights of an open_clip model"),
-    ("clip_arch", FILE, "ViT-H-14", "its name in open_clip, or a .json file"),
-    ("pickscore", FILE, "", "a folder, or owner/name of the hub; without it PickScore_v1"),
-    ("device", str, "auto", "auto, cuda, npu or cpu"),
-    ("save", FILE, "", "write the scores to this file, one line of JSON per picture"),
-    ("against", FILE, "",
+    ("reward", "hps", "hps, clip, pickscore or package.module:function"),
+    ("hps", "", "a file, or owner/name/file of the hub; without it HPS-v2.1 of the hub"),
+    ("hps_arch", "ViT-H-14", "its name in open_clip, or a .json file"),
+    ("clip", "", "weights of an open_clip model"),
+    ("clip_arch", "ViT-H-14", "its name in open_clip, or a .json file"),
+    ("pickscore", "", "a folder, or owner/name of the hub; without it PickScore_v1"),
+    ("device", "auto", "auto, cuda, npu or cpu"),
+    ("save", "", "write the scores to this file, one line of JSON per picture"),
+    ("against", "",
      f"compare with a file of --save; mean error above {ALLOWED} %%: exit status 3"))
 
 def natural(path):
@@ -619,11 +599,8 @@ def find_pictures(paths):
     """Return the files among paths, and the pictures of folders among them in natural order."""
     files = []
     for path in map(Path, paths):
-        if path.is_dir():
-            inside = [f for f in path.glob("[!.]*") if f.suffix.lower() in PICTURES.split()]
-            files += sorted(inside, key=natural)
-        else:
-            files.append(path)
+        inside = [f for f in path.glob("[!.]*") if f.suffix.lower() in PICTURES.split()]
+        files += sorted(inside, key=natural) if path.is_dir() else [path]
     require(files, f"{paths[0]}: must be a picture, or a folder with some ({PICTURES})")
     for file in files:  # before a model is loaded
         with bad_input_if_fails(f"{file}: must be a picture that Pillow can read"):
@@ -638,26 +615,13 @@ def read_image(path):
             image = Image.fromarray((np.asarray(image) / 257).round().astype("uint8"))
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-
-def check_order(paths):
-    """Raise BadInput if paths are alike up to a number that falls, as in a shell's 10.png 2.png.
-
-    They are not sorted, as the prompts may be in the order in which the paths are given."""
-    for one, two in pairwise(paths):
-        parts = zip(re.split(r"(\d+)", one), re.split(r"(\d+)", two))
-        different = [(a, b) for a, b in parts if a != b]
-        if different:
-            a, b = different[0]
-            falls = a.isdecimal() and b.isdecimal() and int(a) > int(b)
-            require(not falls, f"--prompts: {one} comes before {two}, so it may get the prompt of "
-                    "another; give the folder, or the pictures in the order of their numbers")
+    return as_images([image])
 
 def prompts_from_names(files):
     """Return the prompts in the names of pictures, "a cat" for 07_a_cat.png. Raises BadInput."""
-    names = [file.stem.replace("_", " ") for file in files]
-    prompts = [re.sub(r"^\d+[- ]+", "", name).strip() for name in names]
-    words = [re.sub(r"[\W\d]+", " ", prompt).strip() for prompt in prompts]
+    names = [re.sub(r"^\d+[-_ ]+", "", file.stem) for file in files]
+    prompts = [name.replace("_", " ").strip() for name in names]
+    words = [re.sub(r"[\W\d]+", "", prompt) for prompt in prompts]
     # ComfyUI_00001_.png, ComfyUI_00002_.png: the scores of that word would look plausible
     told = all(words) and (len(files) == 1 or len(set(words)) > 1)
     require(told, "--prompt (not given): must be, as the names of the pictures have no words, "
@@ -666,33 +630,30 @@ def prompts_from_names(files):
 
 def check_save(path):
     """Raise BadInput unless atomic_write can write a file to path."""
-    folder = Path(os.path.realpath(path)).parent
+    folder = os.path.dirname(os.path.realpath(path))
     with bad_input_if_fails(
             f"--save {path}: must be a file, in a folder that exists and can be written to"):
         require(not os.path.isdir(path), "it is a folder")
         if not is_stream(path):
             tempfile.TemporaryFile(dir=folder).close()
 
-def read_scores(path, files, prompts):
-    """Return the scores (N,) that --save wrote for the same pictures and prompts."""
+def read_scores(path, rows):
+    """Return the scores (N,) that --save wrote for the same rows of picture and prompt."""
     with bad_input_if_fails(
             f"--against {path}: must hold what --save wrote for the same pictures and prompts, "
             "in the same order"):
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        saved = [(row["image"], row["prompt"]) for row in rows]
-        given = [(file.name, prompt) for file, prompt in zip(files, prompts)]
-        require(saved == given, f"it has others: {len(saved)} for {len(given)} pictures")
-        return torch.tensor([row["score"] for row in rows])
+        saved = [json.loads(line) for line in lines]
+        scores = [row.pop("score") for row in saved]
+        require(saved == rows, f"it has others: {len(saved)} for {len(rows)} pictures")
+        return torch.tensor(scores)
 
 def compare(scores, expected):
     """Print the errors of scores in percent; return whether their mean is at most ALLOWED.
 
-    They are relative to the mean of what is expected, or to its std where that is larger: the
-    mean of some rewards is 0."""
-    mean = expected.mean().abs().item()
-    std = expected.std(correction=0).item()
-    errors = 100 * (torch.tensor(scores) - expected).abs() / max(mean, std, 1e-12)
+    They are relative to the root mean square of what is expected, as its mean may be 0."""
+    size = expected.square().mean().sqrt().clamp(min=1e-12)
+    errors = 100 * (torch.tensor(scores) - expected).abs() / size
     allowed = errors.mean().item() <= ALLOWED  # nan is not
     print(f"{len(scores)} scores: mean absolute error {errors.mean():.5f} %, largest "
           f"{errors.max():.5f} %, allowed {ALLOWED} % on average")
@@ -720,13 +681,15 @@ def score_pictures(args):
         require(len(prompts) == len(files),
                 f"--prompts {args.prompts}: has {len(prompts)} prompts for {len(files)} "
                 "pictures; must have one per line, in the order of the pictures")
-        check_order(args.images)
+        require(files == sorted(files, key=natural),
+                f"--prompts {args.prompts}: the pictures must be in the order of their names, 2 "
+                "before 10, so that none gets the prompt of another; give their folder")
     else:
         prompts = prompts_from_names(files)
-    if not args.prompt:
-        print("the first:", printable(f"{files[0]}: {prompts[0]}"), file=sys.stderr)
+    print("the first:", printable(f"{files[0]}: {prompts[0]}"), file=sys.stderr)
+    rows = [dict(image=file.name, prompt=prompt) for file, prompt in zip(files, prompts)]
     if args.against:
-        expected = read_scores(args.against, files, prompts)
+        expected = read_scores(args.against, rows)
 
     source = getattr(args, name, "")
     arch = getattr(args, f"{name}_arch", "")
@@ -736,32 +699,28 @@ def score_pictures(args):
         scores += score(rewards, read_image(file), [prompt], file)[name].tolist()
 
     if args.save:  # before anything is printed, as the reader of a pipe may end
-        lines = ""
-        for file, prompt, value in zip(files, prompts, scores):
-            lines += json.dumps(dict(image=file.name, prompt=prompt, score=value)) + "\n"
+        lines = [json.dumps(row | dict(score=x)) + "\n" for row, x in zip(rows, scores)]
         with atomic_write(args.save) as path:
-            path.write_text(lines)
+            path.write_text("".join(lines))
     for file, value in zip(files, scores):
         print(f"{value:.5f} {printable(file)}", flush=True)
     if args.against:
         sys.exit(0 if compare(scores, expected) else 3)
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("reward.py", description="Score pictures with a reward.")
+    parser = argparse.ArgumentParser(description="Score pictures with a reward.")
     parser.error = lambda message: exit_with_error(f"{message}; see --help")
-    parser.add_argument("images", nargs="+", type=FILE, metavar="IMAGE",
-                        help="picture files, or folders")
-    for name, kind, default, text in FLAGS:
-        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    home = os.path.expanduser  # a shell leaves the ~ of --save=~/x as it is
+    parser.add_argument("images", nargs="+", type=home, help="picture files, or folders")
+    for name, default, text in FLAGS:
+        parser.add_argument(f"--{name}", type=home, default=default, help=text)
     parser.add_argument("--reward_fp32", action="store_true", help="no fp16 autocast")
     try:
         score_pictures(parser.parse_args(argv))
     except BadInput as error:
         exit_with_error(error)
     except BrokenPipeError:
-        # `| head` has seen enough; Python's flush at the exit must not fail as well.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        os._exit(1)  # `| head` has seen enough; no flush, which would fail as well
     except OSError as error:
         exit_with_error(error, status=1)
 

@@ -890,7 +890,6 @@ def test_pickscore_is_that_of_transformers(height, width, pick):
         out = transformers.CLIPModel.from_pretrained(pick, dtype=torch.float32)(**inputs)
     expected, score = (out.image_embeds * out.text_embeds).sum(-1), reward.PickScore(pick)
     assert torch.allclose(score(images, prompts), expected, **close)
-    assert torch.allclose(score(images[1:2], prompts[1:2]), expected[1:2], **close)
 
 @pytest.mark.parametrize("part", ["model.safetensors", "tokenizer.json", "config.json"])
 def test_pickscore_that_lacks_a_part(part, pick, tmp_path):
@@ -900,27 +899,18 @@ def test_pickscore_that_lacks_a_part(part, pick, tmp_path):
         reward.PickScore(str(tmp_path / "pick"))
 
 def test_checkpoints_of_others(tiny, tmp_path):
-    """Weights refused for how they were saved; code in a file; another model's mean and std; what
-    torch.load may read, changed by a thread that loads at the same time."""
+    """Weights refused for how they were saved; code in a file; another model's mean and std."""
     file, arch, images = tmp_path / "clip.pt", tiny.cfg.hps_arch, torch.rand(2, 3, 40, 32)
-    load, state = open_clip.factory.load_state_dict, torch.load(tiny.cfg.hps)["state_dict"]
-    prefixed = {f"module.{name}": x for name, x in state.items()}
+    state = torch.load(tiny.cfg.hps)["state_dict"]
+    half = {f"module.{name}": x.half() for name, x in state.items()}
     numbers = dict(loss=np.float64(0.3), epoch=np.int64(3), half=np.float16(1), done=np.bool_(True))
-
-    def load_meanwhile(path):
-        with mock.patch("open_clip.factory.load_state_dict", load):
-            reward.HPS(tiny.cfg.hps, arch)
-        return load(path)
-
-    for saved in (prefixed, {"model": state}, {"state_dict": prefixed} | numbers,
-                  {name: x.half() for name, x in state.items()}):
+    for saved in (half, {"model": state}, {"state_dict": half} | numbers):
         torch.save(saved, file)
-        with mock.patch("open_clip.factory.load_state_dict", load_meanwhile):
-            hps = reward.HPS(file, arch)
+        hps = reward.HPS(file, arch)
         assert torch.allclose(hps(images, TWO), tiny.hps(images, TWO), atol=1e-3)
         assert {p.dtype for p in hps.model.parameters()} == {torch.float32}
     for saved, words in (({"state_dict": state, "args": types.SimpleNamespace()}, "Namespace"),
-                         ([state], "weights of --clip_arch"), ({"model": {1: 2}}, "weights of")):
+                         ({"model": {1: 2}}, "weights of --clip_arch")):
         torch.save(saved, file)
         with pytest.raises(BadInput, match=f"(?s)--clip .*clip.pt: .*{words}"):
             reward.HPS(file, arch, flag="--clip")
@@ -931,7 +921,7 @@ def test_weights_from_the_hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for flag, value in (("--hps", ""), ("--clip", "o/n/a.pt"), ("--pickscore", "o/n")):
         reward.check_weights(flag, value)
-        with pytest.raises(BadInput, match=f"{flag} .*correct.*licence on https.*/.*give its path"):
+        with pytest.raises(BadInput, match=f"{flag} .*correct.*licence.*give its path"):
             reward.resolve_weights(flag, value)
     for case in ("--clip a/b", "--clip /x/a.pt", "--pickscore a/b/c", "--clip "):
         with pytest.raises(BadInput, match=f"{case}.*: not found; must be"):
@@ -961,7 +951,7 @@ NO_MEMORY = mock.Mock(side_effect=torch.OutOfMemoryError("of the device"))
 
 @pytest.mark.parametrize("function, error, words", [
     (lambda i, p: i, BadInput, r"--reward x: .*2 finite numbers .* in step 3, .*\(2, 3, 4, 4\)"),
-    (lambda i, p: 1 / 0, BadInput, "Zero"), (lambda i, p: sys.exit(1), BadInput, "SystemExit"),
+    (lambda i, p: sys.exit(1), BadInput, "SystemExit"),
     (lambda i, p: [1.0, float("nan")], BadInput, r"in step 3, prompts 'a' .*\[1.0, nan\]"),
     (NO_MEMORY, torch.OutOfMemoryError, "^of the device"),
     (None, FloatingPointError, "step 3")])
@@ -971,18 +961,14 @@ def test_scores_refused(function, error, words):
     with pytest.raises(error, match=words):
         reward.score({"x": (1.0, function)}, images, ["a", "b"], "step 3")
 
-@pytest.mark.parametrize("lines", [["[a cat], red", "{red|blue} car", '"a, b"', "text", "a\tb"],
-                                   ["x" * 200_000]])
-def test_prompt_files(lines, tmp_path):
+def test_prompt_files(tmp_path):
     """Braces and columns of a table trained on as prompts; prompts with a comma refused as one."""
-    for name in ("p.csv", "p.TSV", "p.json", "p.jsonl", "p.txt"):
-        file = tmp_path / name
-        file.write_text("\n".join([lines[0], "", *lines[1:]]))
-        if file.suffix == ".txt":
-            assert reward.read_prompts(file) == lines
-            continue
-        with pytest.raises(BadInput, match=f"--prompts .*{name}: must be .*, not a table"):
-            reward.read_prompts(file)
+    lines = ["[a cat], red", "{red|blue} car", '"a, b"', "a\tb", "x" * 200_000]
+    write(tmp_path / "p.txt", "\n \n".join(lines))
+    assert reward.read_prompts(tmp_path / "p.txt") == lines
+    for name in ("p.csv", "p.TSV", "p.json", "p.jsonl"):
+        with pytest.raises(BadInput, match=f"--prompts {name}: must be .*, not a table"):
+            reward.read_prompts(name)
 
 def test_atomic_write(tmp_path):
     """Half a file under its name; ranks that remove each other's files; leftovers in the result."""
@@ -1001,8 +987,9 @@ def test_atomic_write(tmp_path):
             raise OSError
         assert path == other and path.exists()
     assert [*tmp_path.rglob("*")] == [final, final / "shard"]
-    with mock.patch("os.unlink", side_effect=PermissionError), pytest.raises(PermissionError):
-        reward.remove(final)  # a kill would leave the same
+    with mock.patch("os.unlink", side_effect=PermissionError(1, "Mine", "shard")):
+        with pytest.raises(PermissionError, match=f"Mine: '{tmp_path}/.old-x'"):
+            reward.remove(final)  # a kill would leave the same
     assert [file.name for file in tmp_path.iterdir()] == [".old-x"]
     reward.remove(tmp_path / ".old-x")
     assert not list(tmp_path.iterdir())
@@ -1015,20 +1002,20 @@ def test_files_of_the_user_stay(tmp_path, monkeypatch):
     for name, good, bad in (("folder", Path.mkdir, Path.touch), ("file", Path.touch, Path.mkdir)):
         Path(name).symlink_to(f"disk/{name}")
         before = sorted(Path().rglob("*"))
-        with pytest.raises((IsADirectoryError, NotADirectoryError)):
-            with reward.atomic_write(name) as work:
-                bad(work)
+        with pytest.raises(OSError), reward.atomic_write(name) as work:
+            bad(work)
         assert sorted(Path().rglob("*")) == before
         with reward.atomic_write(name) as work:
             good(work)
-        assert Path(name).is_symlink() and not os.path.getsize("disk/file") * (name == "file")
+        assert Path(name).is_symlink()
         reward.remove(name)
-        assert Path("disk", name).exists() and not os.path.lexists(name)
+    assert {*Path().rglob("*")} == {Path("disk"), Path("disk/folder"), Path("disk/file")}
+    assert not Path("disk/file").read_text()
     os.mkfifo("pipe")
     reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
     with reward.atomic_write("pipe") as work:
         work.write_text("scores")
-    assert os.read(reader, 9) == b"scores" and [*Path("disk/folder").iterdir()] == []
+    assert os.read(reader, 9) == b"scores"
     os.close(reader)
 
 @pytest.mark.parametrize("error, passes", [
@@ -1046,49 +1033,46 @@ def test_attention_of_cudnn_is_off(monkeypatch):
     """Gradients that are nan on Hopper and Blackwell."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setitem(os.environ, "LOCAL_RANK", "0")
     torch.backends.cuda.enable_cudnn_sdp(True)  # as torch begins
     device, on = reward.select_device(), torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(True)
     assert device == torch.device("cuda", 0) and not on
 
-@pytest.mark.parametrize("backend, deterministic, words", [
-    ("native", True, None), ("_native_math", False, None), ("x", False, "not registered"),
-    ("flex", False, "backward"), ("flex", True, "--deterministic"),
-    ("_native_cudnn", False, "No viable backend"), ("flash_hub", False, "pip install kernels"),
-    ("native", lambda q, k, v, **_: q.detach(), "no backward"),
-    ("native", lambda q, k, v, **_: 2 * q, "no backward")])
-def test_attention_backends(backend, deterministic, words, monkeypatch):
-    """A traceback after minutes of loading; attention weights that silently stay untrained; a
-    probe that draws, and so changes the weights that a run begins with."""
+@pytest.mark.parametrize("backend, words", [
+    ("native", None), ("x", "not registered"), ("flex", "backward"),
+    ("_native_cudnn", "No viable backend"), ("flash_hub", "pip install kernels")])
+def test_attention_backends(backend, words):
+    """A traceback after minutes of loading; a probe that draws, and so changes what a run begins
+    with."""
     state = torch.get_rng_state()
-    if callable(deterministic):
-        monkeypatch.setattr(
-            "diffusers.models.attention_dispatch.dispatch_attention_fn", deterministic)
-        deterministic = False
     try:
-        reward.check_attention(backend, CPU, torch.bfloat16, deterministic)
+        reward.check_attention(backend, CPU, torch.bfloat16)
         assert words is None
     except BadInput as error:
         assert words in str(error) and str(error).startswith(f"--attention {backend}: ")
     assert torch.equal(torch.get_rng_state(), state)
 
-@pytest.mark.parametrize("given, used", [(None, "1200"), ("300", "300")])
-def test_npus(given, used, monkeypatch):
+def test_attention_that_cannot_train(monkeypatch):
+    """Attention weights that silently stay untrained; kernels that ignore --deterministic."""
+    with pytest.raises(BadInput, match="--attention flex: .*--deterministic"):
+        reward.check_attention("flex", CPU, torch.float32, deterministic=True)
+    for kernel in (lambda q, k, v, **_: q.detach(), lambda q, k, v, **_: 2 * q):
+        monkeypatch.setattr("diffusers.models.attention_dispatch.dispatch_attention_fn", kernel)
+        with pytest.raises(BadInput, match="--attention native: .*can train"):
+            reward.check_attention("native", CPU, torch.float32)
+
+def test_npus(monkeypatch):
     """HCCL's 120 s, too few for a slow disk; counts of processes over which it fails."""
     monkeypatch.setattr("torch.npu", mock.Mock(device_count=lambda: 8), raising=False)
-    monkeypatch.setattr("torch.device", mock.Mock())
-    environment = dict(LOCAL_RANK="1") | (dict(HCCL_CONNECT_TIMEOUT=given) if given else {})
-    monkeypatch.setattr("os.environ", environment)
-    reward.select_device("npu")
-    torch.device.assert_called_once_with("npu", 1)
-    assert environment["HCCL_CONNECT_TIMEOUT"] == used
+    monkeypatch.setattr("torch.device", lambda kind, rank=0: mock.Mock(type=kind, index=rank))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("os.environ", {"LOCAL_RANK": "1"})
+    assert reward.select_device("npu").index == 1
+    assert os.environ["HCCL_CONNECT_TIMEOUT"] == "1200"
     for size in (3, 5, 6, 7):
-        environment["LOCAL_WORLD_SIZE"] = str(size)
+        os.environ["LOCAL_WORLD_SIZE"] = str(size)
         with pytest.raises(BadInput, match=f"--nproc_per_node {size}: must be 1, 2, 4, 8"):
             reward.select_device("npu")
-    monkeypatch.setattr("torch.device", lambda name: types.SimpleNamespace(type=name))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput, match="--compile: .*triton-ascend"):
         reward.check_compile("npu")
 
@@ -1101,15 +1085,13 @@ def score_lines(tiny, capsys, *flags):
 
 def test_pictures_as_people_have_them(tiny, tmp_path, capsys):
     """A photo on its side, black for transparent, hidden files; scores beside the wrong file."""
-    red, blue = (Image.fromarray(reward.draw(p)) for p in ("a red circle", "a blue cross"))
-    exif, clear = Image.Exif(), red.convert("RGBA")
+    red, blue = (Image.fromarray(reward.draw(p)) for p in TWO)
+    exif, clear, grey = Image.Exif(), red.convert("RGBA"), red.convert("L")
     exif[274] = 6  # to be turned to the right
-    clear.putalpha(Image.fromarray((np.asarray(red) != (236, 236, 230)).any(-1)).convert("L"))
-    white = Image.new("RGBA", clear.size, "white")
-    white.paste(clear, mask=clear)
-    grey = red.convert("L")
+    clear.putalpha(0)
+    white = Image.new("RGB", red.size, "white")
     pictures = {"red.png": red, "blue.png": blue, "red.tiff": red, "grey.png": grey,
-                "clear.png": clear, "white.png": white.convert("RGB"), ".hidden.png": red,
+                "clear.png": clear, "white.png": white, ".hidden.png": red,
                 "deep.png": Image.fromarray(np.asarray(grey).astype("uint16") * 257)}
     for name, picture in pictures.items():
         picture.save(tmp_path / name)
@@ -1121,7 +1103,6 @@ def test_pictures_as_people_have_them(tiny, tmp_path, capsys):
     assert scores["red.png"] == scores["red.tiff"] == scores["side.png"] > scores["blue.png"] + 0.2
     assert scores["clear.png"] == scores["white.png"] != scores["red.png"] != scores["grey.png"]
     assert scores["deep.png"] == scores["grey.png"]  # 16 bits of grey
-    assert len(reward.find_pictures([tmp_path / ".hidden.png", tmp_path])) == 1 + len(scores)
 
 def test_reward_command_line(tiny, tmp_path, capsys, monkeypatch, pick):
     """An own reward or PickScore that is not called; a terminal that cannot print a name; a folder
@@ -1146,7 +1127,7 @@ def test_reward_command_line(tiny, tmp_path, capsys, monkeypatch, pick):
 
 @pytest.mark.parametrize("names, prompts", [
     ("8_35mm_photo_of_1965 07-a_cat", ["35mm photo of 1965", "a cat"]),
-    ("7_3_red_circles", ["3 red circles"]), ("0001", None), ("a_cat 0001", None),
+    ("7_3_red_circles", ["3 red circles"]), ("a_cat 0001", None),
     ("ComfyUI_00001_ ComfyUI_00002_", None), ("step_00000 step_00020", None)])
 def test_prompts_in_names(names, prompts):
     """Numbers of the prompt lost with the counter; plausible scores for the word ComfyUI."""
@@ -1156,15 +1137,6 @@ def test_prompts_in_names(names, prompts):
     else:
         with pytest.raises(BadInput, match=r"--prompt \(not given\): must be.* x/"):
             reward.prompts_from_names(files)
-
-@pytest.mark.parametrize("paths, falls", [
-    ("1.png 2.png 10.png", False), ("1.png 10.png 2.png", True), ("10_b.png 1_a.png", True),
-    ("run10/a.png run2/a.png", True), ("/disk1/cat.png /disk1/ant.png", False), ("b2 a1", False)])
-def test_order_of_pictures(paths, falls):
-    """Prompts of other pictures, as a shell sorts 10 before 2; an order that is meant, refused."""
-    with mock.patch.object(reward, "require") as require:
-        reward.check_order(paths.split())
-    assert falls == (not all(call.args[0] for call in require.call_args_list))
 
 @pytest.mark.parametrize("save", ["pictures", "pictures/", "link", "none/x", "/proc/x", "file/x"])
 def test_places_to_save_to(save, tiny, tmp_path, monkeypatch, capsys):
@@ -1180,10 +1152,8 @@ def test_places_to_save_to(save, tiny, tmp_path, monkeypatch, capsys):
     assert {*map(str, Path().rglob("*"))} == {"pictures", "pictures/0.png", "file", "link"}
 
 @pytest.mark.parametrize("expected, error, allowed", [
-    ([0.28, 0.29, 0.27], 4.1e-5, True), ([0.28, 0.29, 0.27], 4.3e-5, False),
     ([0.1, -0.1], 1.49e-5, True), ([0.1, -0.1], 1.51e-5, False), ([0.3], 4.4e-5, True),
-    ([0.3], 4.6e-5, False), ([0.0], 0.0, True), ([0.3, math.nan], 0.0, False),
-    ([0.3, math.inf], 0.0, False)])
+    ([0.3], 4.6e-5, False), ([0.0], 0.0, True), ([0.3, math.nan], 0.0, False)])
 def test_errors_of_scores(expected, error, allowed):
     """Rewards with a mean of 0, whose errors are infinite; nan, which no limit holds."""
     expected = torch.tensor(expected)
@@ -1197,20 +1167,18 @@ def test_scores_of_two_devices(tiny, tmp_path, capsys, monkeypatch):
     for seed, folder in enumerate("ab"):
         Path(folder).mkdir()
         for i, prompt in enumerate(prompts):
-            picture = reward.draw(prompt, np.random.default_rng(seed), size=32 + 16 * (i == 2))
+            picture = reward.draw(prompt, np.random.default_rng(seed))
             Image.fromarray(picture).save(f"{folder}/{i}_{prompt.replace(' ', '_')}.png")
         score_lines(tiny, capsys, folder, "--save", "s.jsonl")
         lines += Path("s.jsonl").read_text().splitlines(keepends=True)
-    line = json.loads(lines[10])
-    alone = tiny.hps(reward.read_image(Path("a", line["image"])), [prompts[10]]).item()
-    assert line["prompt"] == prompts[10] and line["score"] == pytest.approx(alone, abs=1e-6)
+    assert [json.loads(line)["prompt"] for line in lines] == prompts * 2
     write(Path("p.txt"), "\n".join(prompts))
     shell_order = " ".join(sorted(map(str, Path("a").iterdir())))
     for saved, given, status, words in (
             (lines, "a b", 0, "reward OK\n"), (lines, "b a", 3, "reward OFF\n"),
             (lines[::-1], "a b", 2, "same order"), (lines[:12], "a b", 2, "same order"),
             (lines[:12], "a --prompts p.txt", 0, "OK\n"),
-            (lines[:12], shell_order + " --prompts p.txt", 2, "1_a_red_square.png, so it may")):
+            (lines[:12], shell_order + " --prompts p.txt", 2, "in the order of their names")):
         write(Path("s.jsonl"), "".join(saved))
         with pytest.raises(SystemExit, match=str(status)):
             score_lines(tiny, capsys, *given.split(), "--against", "s.jsonl")
@@ -1361,7 +1329,7 @@ LATE = [
 
 # refused by reward.py
 SCORING = [
-    ("pictures --device npu", "CANN"), ("pictures --device tpu", "auto or cuda"),
+    ("pictures --device npu", "CANN"), ("pictures --device tpu", "finds none"),
     *((name, f"{name}: must be a picture") for name in ("cut.png", "page.png", "none.png")),
     ("empty", "must be a picture"), ("pictures", "--prompt (not given)"),
     ("pictures --batch 4", "unrecognized"),
