@@ -409,13 +409,18 @@ def score(rewards, images, prompts, where):
         raise FloatingPointError(
             f"an image of {where} is not finite; --dtype fp32 may prevent it")
 
+    def refuse(name):
+        return bad_input_if_fails(
+            f"--reward {name}: must return {len(images)} finite numbers for as many images, but "
+            f"failed in {where}, prompts {prompts[0]!r} ...")
+
     scores = {}
     for name, (_, function) in rewards.items():
-        with bad_input_if_fails(
-                f"--reward {name}: must return {len(images)} finite numbers for as many images, "
-                f"but failed in {where}, prompts {prompts[0]!r} ..."):
-            result = function(images.clone(), list(prompts))
-            values = torch.as_tensor(result).detach().float().cpu()
+        with refuse(name):
+            scores[name] = torch.as_tensor(function(images.clone(), list(prompts)))
+    for name, result in scores.items():  # only now, so that no model waits for another's scores
+        with refuse(name):
+            values = result.detach().float().cpu()
             require(values.shape == (len(images),), f"it gave the shape {tuple(values.shape)}")
             require(values.isfinite().all(), f"it gave {values.tolist()}")
             scores[name] = values
