@@ -199,7 +199,8 @@ def gaussian(sde, v, x, sigma, sigma_next, eta):
 
 @pytest.mark.parametrize("sde", SDES)
 def test_logp_is_that_of_the_normal(sde):
-    """A wrong std, a lost constant, a sum for a mean, another sample's σ, 1 / (1 - σ) at 1."""
+    """A wrong std, a lost constant, a sum for a mean, another sample's σ, 1 / (1 - σ) at 1, a
+    gradient through x_next."""
     v, x, noise = torch.randn(3, 4, 6, 5)
     levels = [(1.0, 0.9), (0.9, 0.7), (0.5, 0.2), (0.2, 0.05)]
     steps = torch.tensor(levels).T[..., None, None]  # (2, B, 1, 1)
@@ -212,7 +213,12 @@ def test_logp_is_that_of_the_normal(sde):
             expected = normal.log_prob(taken[0].double()).mean().float()
             assert torch.allclose(density[0], expected, atol=2e-5)
             assert torch.allclose(image[0], x[i] - sigma * v[i])
-    assert torch.equal(flux_step(v, x, *steps, 0.6, sde, x_next=x_next)[2], logp)  # the same bits
+    v, logps = v.requires_grad_(), []
+    for given in (dict(noise=noise), dict(x_next=x_next)):  # to take a step and to score it
+        logps += flux_step(v, x, *steps, 0.6, sde, **given)[2:]
+    gradients = [torch.autograd.grad(each.sum(), v)[0] for each in logps]
+    assert all(torch.equal(each, logp) for each in logps)  # the same bits
+    assert torch.equal(*gradients) and gradients[0].any()  # x_next is data
     assert flux_step(v, x, *steps, 0.0, sde)[2].isnan().all()  # an ODE step has no density
 
 @pytest.mark.parametrize("sde", ["dance", "flow"])
