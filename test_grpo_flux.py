@@ -1142,6 +1142,9 @@ def heavy(request):
     if "faults" not in request.config.option.markexpr:
         pytest.skip("python -m pytest -m faults test_grpo_flux.py runs this, too")
 
+FAULTY = ("--device cpu --num_prompts 1 --num_generations 2 --micro_batch 2 --sampling_steps 2 "
+          "--batch_size 2 --eval_images 2 --eval_every 2 --save_every 1 --learning_rate 1e-3 "
+          "--ema_decay 0 --steps 4")
 JUDGES = """import torch
 number, calls = 3, []
 async def wait(images, prompts): pass
@@ -1338,7 +1341,7 @@ def strange_place(folder):
     """A run where much is strange or broken around it, and one without stdout."""
     write(folder / "tensorboard" / "__init__.py", "raise TypeError('no descriptors')")
     write(folder / "prompts.txt", "ein grüner Bär\n\U0001f600")
-    close = "import os, sys; os.close(1); os.execv(sys.executable, ['python', *sys.argv[1:]])"
+    close = "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return folder, shell(
         "grpo_flux.py", *SHORT, "--prompts", "prompts.txt", "--out", "run", cwd=folder,
@@ -1359,28 +1362,27 @@ def test_surroundings(strange_place):
     assert (folder / "closed" / "before_after.png").exists()
 
 @faults
-def test_other_models_and_prompts(tiny, tmp_path, capfd):
+def test_other_models_and_prompts(tiny, tmp_path, monkeypatch, capfd):
     """FLUX.1-schnell given guidance; a prompt that names a file, or steers the terminal."""
-    model, tape = tmp_path / "models" / "FLUX.1-schnell", tmp_path / "tape"
-    shutil.copytree(tiny.cfg.model, model, ignore=shutil.ignore_patterns("scheduler"))
+    monkeypatch.chdir(tmp_path)
+    model = Path(shutil.copytree(tiny.cfg.model, "schnell"))
     change_json(model / "transformer" / "config.json", guidance_embeds=False)
-    file, prompts = model / "transformer" / WEIGHTS, tmp_path / "p.txt"
+    file = model / "transformer" / WEIGHTS
     save_file({name: x for name, x in load_file(file).items() if "guidance" not in name}, file)
-    prompts.write_text("\n".join([
+    Path("p.txt").write_text("\n".join([
         "\x1b[31mred\x1b]0;title\x07", "../../etc/passwd", "/abs/path\\..", "$(rm -rf .)", "'\";--",
         "\U0001f600\u202eabc\x85\u2028", "$x^{", "%s {step} {0}", "a red circle " * 8_000]))
     sizes = [f"--{name}={value}" for name, value in grpo_flux.TINY.items() if value]
-    grpo_flux.main([*sizes, *SHORT, *map(str, [
-        "--model", model, "--hps", tiny.cfg.hps, "--hps_arch", tiny.cfg.hps_arch, "--prompts",
-        prompts, "--eval_images", 9, "--shift", 1, "--record", tape, "--out", tmp_path / "run"])])
+    grpo_flux.main([*sizes, *SHORT, *(
+        f"--model schnell --hps {tiny.cfg.hps} --hps_arch {tiny.cfg.hps_arch} --prompts p.txt "
+        "--eval_images 9 --shift 1 --record tape --out run").split()])
     printed = "".join(capfd.readouterr())
     assert "3 of 4 denoising steps trained" in printed and r"\x1b[31mred" in printed
     assert "\x1b[31m" not in printed and "\x07" not in printed and "of 9 prompts are" in printed
-    assert not results(tmp_path / "run")[1].config.guidance_embeds
-    assert {path.name for path in tmp_path.iterdir()} == {"p.txt", "run", "tape", "models"}
-    assert not (tmp_path / "run" / ".text").exists()
-    prompts.unlink()
-    grpo_flux.main(["--replay", str(tape), "--out", str(tmp_path / "again"), "--device", "cpu"])
+    assert not results(Path("run"))[1].config.guidance_embeds
+    assert {*os.listdir()} == {"p.txt", "run", "tape", "schnell"} and not Path("run/.text").exists()
+    Path("p.txt").unlink()
+    grpo_flux.main("--replay tape --device cpu".split())
     assert "replay OK" in capfd.readouterr().out
 
 @faults
@@ -1388,35 +1390,34 @@ def test_other_models_and_prompts(tiny, tmp_path, capfd):
     ("velocity", 19, lambda v: v * math.nan, "an image of step . is not finite"),
     ("group_advantages", 1, lambda A: A * math.nan, "of GRPO step 2, after 1 .* was not finite"),
     ("rollout", 2, lambda t: t._replace(logp=t.logp + 1e-4), "the first ratio is off by 1"),
-    ("load_transformer", 0, NO_MEMORY, "a lower --micro_batch")])
-def test_numbers_that_go_wrong(name, calls, wrong, words, tiny, tmp_path, monkeypatch):
-    """Two days of steps that train nothing; the reward blamed for what the policy did."""
+    ("load_transformer", 0, NO_MEMORY, "a lower --micro_batch"),
+    ("file_sizes", 1, mock.Mock(side_effect=OSError(28, "disk full")), "disk full.*step_00001$")])
+def test_runs_that_go_wrong(name, calls, wrong, words, tiny, tmp_path, monkeypatch):
+    """Two days of steps that train nothing; the reward blamed for what the policy did; the old
+    checkpoint gone before the new one is whole."""
     count, original = itertools.count(), getattr(grpo_flux, name)
     monkeypatch.setattr(grpo_flux, name, lambda *x, **y: (  # wrong after so many calls
         wrong if next(count) >= calls else lambda x: x)(original(*x, **y)))
-    with pytest.raises((FloatingPointError, torch.OutOfMemoryError)) as end:
-        grpo_flux.main([*SHORT, "--steps", "9", "--save_every", "1", "--out", str(tmp_path)])
-    assert re.search(words, grpo_flux.explain(end.value))
-    notes = [f"the same command continues from {path}"
-             for path in grpo_flux.checkpoints(tmp_path)[-1:]]
-    assert notes == getattr(end.value, "__notes__", [])
+    with pytest.raises((FloatingPointError, torch.OutOfMemoryError, OSError)) as end:
+        grpo_flux.main(f"{FAULTY} --steps 9 --keep_last 1 --out {tmp_path}".split())
+    line = grpo_flux.explain(end.value)
+    last = [str(path) for path in grpo_flux.checkpoints(tmp_path)]
+    assert re.search(words, line) and re.findall("the same command continues from (.*)", line) == last
+    assert not [*tmp_path.rglob(".writing-*")]
 
-@pytest.mark.parametrize("error, of_processes", [
-    (dist.DistBackendError("Connection closed by peer"), True),
-    (RuntimeError(f"HCCL: {'rank 1 ' * 90}error code EI0006, [gloo]"), True),
-    (RuntimeError("NCCL error"), True), (OSError("/home/nccl/vae: no such file"), False),
-    (RuntimeError("size mismatch"), False)])
-def test_errors_of_processes(error, of_processes, capsys):
+@pytest.mark.parametrize("kind, text, of_processes", [
+    (dist.DistBackendError, "Connection closed by peer", True), (RuntimeError, "NCCL", True),
+    (RuntimeError, f"HCCL: {'rank ' * 90}error code EI0006 [gloo]", True),
+    (OSError, "/home/nccl/vae: no such file", False), (RuntimeError, "size mismatch", False)])
+def test_errors_of_processes(kind, text, of_processes, capsys):
     """A model that is blamed for a network; a code of HCCL that is cut off; a lost traceback."""
     with pytest.raises(Exception) as end, grpo_flux.model_errors("FLUX.1-dev"):
-        raise error
+        raise kind(text)
     assert ("--model FLUX.1-dev: must be" in str(end.value)) != of_processes
     if of_processes:
-        with pytest.raises(SystemExit):
-            reward.exit_with_error(grpo_flux.explain(end.value), status=1)
-        *traceback, line = capsys.readouterr().err.splitlines()
-        assert traceback[0].startswith("Traceback") and " ".join(str(error).split()) in line
-        assert line.startswith("error: another process has ended")
+        line = grpo_flux.explain(end.value)
+        assert line.startswith("another process has ended") and text in line
+        assert capsys.readouterr().err.startswith("Traceback")
 
 @pytest.mark.parametrize("name", "SIGTERM SIGHUP SIGUSR1 SIGUSR2 SIGINT".split())
 def test_signal_saves_and_stops(name, tiny, tmp_path, monkeypatch, capfd):
@@ -1455,11 +1456,11 @@ def test_nohup_protects():
         os.kill(os.getpid(), signal.SIGHUP)
     assert not received and signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
-def start_two(folder, *flags, ranks=2):
+def start(ranks, folder, command):
     """Start torchrun in the background; its log is in the folder."""
-    argv = [*TORCHRUN[:-1], str(ranks), *flags]
+    argv = [sys.executable, *TORCHRUN[:-1], f"{ranks}", *command.split()]
     with (folder / "log").open("w") as log:
-        return subprocess.Popen([sys.executable, *argv], cwd=folder, stdout=log, stderr=log)
+        return subprocess.Popen(argv, cwd=folder, stdout=log, stderr=log)
 
 def ranks_after(process, out, lines):
     """Wait until a run has so many lines of metrics; the ids of its processes, by rank."""
@@ -1469,26 +1470,12 @@ def ranks_after(process, out, lines):
     return [*map(int, children)]
 
 @faults
-@pytest.mark.parametrize("victim, number", [("torchrun", signal.SIGTERM), ("rank", signal.SIGTERM),
-                                            ("rank", signal.SIGKILL)])
-def test_signals_to_two_processes(victim, number, tmp_path, heavy):
-    """A process that waits for ever for one that is gone; a step that is lost without need."""
-    out = tmp_path / "run"
-    process = start_two(tmp_path, HERE / "grpo_flux.py", *SHORT, "--steps", "500", "--out", out,
-                        "--save_every", "2")
-    ranks = ranks_after(process, out, 4)
-    os.kill(process.pid if victim == "torchrun" else ranks[-1], number)
-    status, text = process.wait(60), (tmp_path / "log").read_text()
-    last, steps = grpo_flux.checkpoints(out)[-1].name, len(read_metrics(out))
-    if number == signal.SIGKILL:
-        assert status == 1 and "another process has ended" in text and "continues from" in text
-        assert 0 <= steps - int(last[5:]) <= 2
-    else:
-        assert (status == 0 or victim == "torchrun") and last == f"step_{steps:05d}"
-
-FAULTY = ("--device cpu --num_prompts 1 --num_generations 2 --micro_batch 2 --sampling_steps 2 "
-          "--batch_size 2 --eval_images 2 --eval_every 2 --save_every 1 --learning_rate 1e-3 "
-          "--ema_decay 0 --steps 4").split()
+def test_signal_to_one_of_two_processes(tmp_path, heavy):
+    """A step that is lost without need, as one process does not know of the other's signal."""
+    process = start(2, tmp_path, f"{HERE}/grpo_flux.py {FAULTY} --steps 500 --out run")
+    os.kill(ranks_after(process, out := tmp_path / "run", 4)[-1], signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert grpo_flux.step_of(grpo_flux.checkpoints(out)[-1]) == len(read_metrics(out))
 
 def restart_often(kills, ranks):
     """Kill one of some processes so often, three times a run of torchrun --max_restarts 3, and
@@ -1496,17 +1483,17 @@ def restart_often(kills, ranks):
     done = 0
     while done < kills:
         folder, steps = Path(tempfile.mkdtemp()), 16
-        process = start_two(folder, "--max_restarts", "3", HERE / "grpo_flux.py", *FAULTY,
-                            "--num_generations", f"{ranks}", "--batch_size", f"{ranks}", "--steps",
-                            f"{steps}", "--out", folder / "run", ranks=ranks)
+        process = start(ranks, folder, f"--max_restarts 3 {HERE}/grpo_flux.py {FAULTY} --out run "
+                        f"--num_generations {ranks} --batch_size {ranks} --steps {steps}")
         for _ in range(min(3, kills - done)):
             seen = len(grpo_flux.read_metrics(folder / "run"))
             alive = ranks_after(process, folder / "run", seen + 2)
             os.kill(alive[done % ranks], signal.SIGKILL)
             done += 1
-            while Path(f"/proc/{alive[0]}").exists():  # until torchrun has ended the attempt
+            while any(Path(f"/proc/{rank}").exists() for rank in alive):  # those of this attempt
                 time.sleep(0.1)
-        assert process.wait(300) == 0, (folder / "log").read_text()[-3000:]
+        status, log = process.wait(300), (folder / "log").read_text()
+        assert status == 0 and "another process has ended" in log, log[-3000:]
         lines = grpo_flux.read_metrics(folder / "run")
         assert [line["step"] for line in lines] == [*range(steps + 1)]
         shutil.rmtree(folder)
@@ -1517,45 +1504,24 @@ def test_torchrun_restarts(tmp_path, heavy):
     """A restart that connects to what the attempt before it left, and hangs or is lost."""
     restart_often(3, 2)
 
-@faults
-def test_full_disk(tmp_path, heavy):
-    """The old checkpoint gone before the new one is whole; a traceback of eighty lines."""
-    checkpoint = tmp_path / "run" / "checkpoints" / "step_00001"
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", tmp_path]).returncode:
-        pytest.skip("this user cannot mount a disk of its own")
-    try:
-        run = partial(shell, "grpo_flux.py", *FAULTY, "--out", str(tmp_path / "run"), cwd=HERE)
-        done = run()  # a checkpoint has 22 MB
-        assert done.returncode == 1 and "Traceback" not in done.stderr
-        assert re.search(f"\nerror: .*No space left.* continues from {checkpoint}\n$", done.stderr)
-        assert [*checkpoint.parent.iterdir()] == [checkpoint]
-        assert len(load_file(next(checkpoint.glob("*.safetensors")))) > 100
-        subprocess.run(["mount", "-o", "remount,size=400m", tmp_path], check=True)
-        succeed(run())
-    finally:
-        subprocess.run(["umount", tmp_path])
-
-def arm(doom, watched, seed):
-    """Kill this process at its doom: in so many seconds, or soon after the n-th event of a kind."""
-    seen, log = Counter(), os.open("events", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-
-    def die(after):
-        threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+def arm(doom, watched, seed, log):
+    """Log what this process opens to write, renames or removes; kill it soon after its doom, the
+    n-th event of a kind."""
+    seen, log = Counter(), os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
 
     def see(event, args):
         writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR) or event in (
             "os.rename", "os.mkdir", "os.rmdir", "os.truncate", "os.remove")
         if writes and watched in (path := os.path.abspath(str(args[0]))):
-            kind = re.sub(r"[0-9a-f]{8,}|\d+", "N", path.removeprefix(watched))
-            kind = f"{event} " + re.sub("(.writing-tiny-N/).*", r"\1...", kind)
+            kind = re.sub(r"[0-9a-f]{8,}|\d+", "N", f"{event} {path.removeprefix(watched)}")
+            kind = re.sub("(.writing-tiny-N/).*", r"\1...", kind)
             os.write(log, f"{kind}\n".encode())
             seen[kind] += 1
             if doom == (kind, seen[kind]):
-                die(0.005 * np.random.default_rng(seed).random())
+                after = 0.005 * np.random.default_rng(seed).random()
+                threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
     sys.addaudithook(see)
-    if isinstance(doom, float):
-        die(doom)
 
 def child(rank, flags, out, dooms, seed, port):
     with open(f"log_{rank}", "w") as log:
@@ -1565,7 +1531,7 @@ def child(rank, flags, out, dooms, seed, port):
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=f"{rank}",
                           LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{world}", LOCAL_WORLD_SIZE=f"{world}")
     os.environ["XDG_CACHE_HOME"] = str(out.parent / "cache")
-    arm(dooms[rank], str(out.parent.resolve()), seed)
+    arm(dooms[rank], str(out.parent.resolve()), seed, f"events_{rank}")
     grpo_flux.main([*flags, "--out", str(out)])
 
 def launch(flags, out, dooms, seed):
@@ -1596,31 +1562,27 @@ def content(folder):
     return files
 
 def kill_often(kills, ranks, seed):
-    """Kill runs of some processes so often, and go on with the same command; at their end compare
-    them with one that was left alone. A third is killed at a random time, the others up to 5 ms
-    after a file was opened to be written, renamed or removed, each kind in its turn."""
+    """Kill runs of some processes so often, up to 5 ms after a file was opened to be written,
+    renamed or removed, and go on with the same command; at their end compare them with one that
+    was left alone."""
     rng, fit, survived, references = np.random.default_rng(seed), reward.fit, 0, []
     reward.fit = lambda *args, **kwargs: fit(*args, **kwargs | {"steps": 3})  # two seconds
     os.chdir(tempfile.mkdtemp())
     out = Path("now/run")
-    for flags in [FAULTY, [*FAULTY, *LORA, "--ema_decay", "0.9"]][:1 + (kills > 3)]:
-        begin = time.monotonic()
+    for more in ("", f"{' '.join(LORA)} --ema_decay 0.9")[:1 + (kills > 3)]:
+        flags = f"{FAULTY} {more}".split()
         assert launch(flags, out, ranks * [None], seed) == ranks * [0]  # the first one builds
-        seconds = time.monotonic() - begin
-        turns = Counter(Path("events").read_text().splitlines()).most_common()
-        rng.shuffle(turns)
-        references.append((flags, content(out), itertools.cycle(turns)))
+        events = Counter(Path("events_0").read_text().splitlines())
+        references.append((flags, content(out), events))
         shutil.rmtree(out)
     chains = itertools.cycle(references)
     while survived < kills:
-        flags, reference, turns = next(chains)
+        flags, reference, events = next(chains)
         if rng.random() < 0.25:
             shutil.rmtree(out.parent, ignore_errors=True)  # the tiny models, too
         for left in reversed(range(5)):
-            moment = float(rng.uniform(0, seconds))
-            if survived % 3:
-                kind, count = next(turns)
-                moment = kind, int(rng.integers(min(count, 2))) + 1
+            kind = str(rng.choice([*events]))
+            moment = kind, int(rng.integers(min(events[kind], 2))) + 1
             victims = [[0], [0, 1], [1]][rng.integers(3)] if ranks > 1 else [0]
             victims = victims if left and survived < kills else []  # else let it end
             dooms = [moment if rank in victims else None for rank in range(ranks)]
@@ -1663,7 +1625,7 @@ def test_files_of_the_user(tiny, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     run, disk = tmp_path / "run", tmp_path / "disk"
     disk.mkdir()
-    flags, main = [*FAULTY, *"--height 64 --width 64 --out run".split()], grpo_flux.main
+    flags, main = f"{FAULTY} --height 64 --width 64 --out run".split(), grpo_flux.main
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(grpo_flux, "train_step", lambda *args, step=grpo_flux.train_step: (
             os.kill(os.getpid(), signal.SIGTERM) or step(*args)))
@@ -1686,7 +1648,7 @@ def test_files_of_the_user(tiny, tmp_path, monkeypatch, capfd):
         ".old-step_00001", "step_00003", "step_00004"}
     assert (disk / "export" / "transformer").exists() and (run / "export").is_symlink()
     assert "right_both" not in grpo_flux.read_metrics(run)[0]  # its judge knows 32 x 32 alone
-    main(flags + ["--steps", "5"])  # what cannot be removed stays
+    main([*flags, "--steps", "5"])  # what cannot be removed stays
     for folder in grpo_flux.checkpoints(run):
         rmtree(folder)
     files = stamps(tmp_path)
@@ -1701,9 +1663,6 @@ def test_what_a_resumed_run_may_change(tiny, tmp_path):
     cfg = grpo_flux.Config(**grpo_flux.TINY | dict(model=str(model), prompts=str(prompts)))
     grpo_flux.write_json(tmp_path / "config.json", grpo_flux.describe_run(cfg, CPU))
     change_json(tmp_path / "config.json", lora_alpha=128)  # an int, as somebody may have edited it
-    changed = {bool: lambda x: not x, str: lambda x: x + "x", tuple: lambda _: ("a", "b"),
-               int: lambda x: x + 1, float: lambda x: x + 0.5}
-
     def check(name="seed", value=0):
         ours = types.SimpleNamespace(**vars(cfg) | {name: value})
         try:
@@ -1714,10 +1673,10 @@ def test_what_a_resumed_run_may_change(tiny, tmp_path):
     assert check() == ""
     for f in fields(cfg):
         old = getattr(cfg, f.name)
-        new, kind = changed[f.type](old), f.metadata["resume"]
-        expected = {"same": f"--{f.name} {new}: must be {old or '(not given)'}, ",
-                    "tuned": f"{f.name} {old} -> {new}", "free": "", "local": ""}[kind]
-        assert check(f.name, new).startswith(expected) and bool(expected) == bool(check(f.name, new))
+        new = old + {str: "x", tuple: ("x",)}.get(f.type, 1)
+        words = {"same": f"--{f.name} {new}: must be {old or '(not given)'}, ",
+                 "tuned": f"{f.name} {old} -> {new}", "free": "", "local": ""}[f.metadata["resume"]]
+        assert check(f.name, new).startswith(words) and bool(check(f.name, new)) == bool(words)
     assert check("ema_decay", 0.0).startswith("--ema_decay 0.0: must be 0.9")
     assert check("model", str(shutil.move(model, tmp_path / "moved"))) == ""
     other = Path(shutil.copytree(tmp_path / "moved", model)) / "transformer" / WEIGHTS
@@ -1743,23 +1702,21 @@ def test_a_checkpoint_is_whole_or_refused(two_ranks, tmp_path):
     assert find() == whole
 
 @pytest.mark.parametrize("first, rewards, words", [
-    (1, [4e-3, -4e-3, 0, 0], ["compare OK", "4 steps compared, 0 that"]),  # 5 % of std, not of 0
-    (1, [6e-3, 6e-3, 6e-3, 6e-3], ["compare OFF"]), (3, [0, 0], ["OK", "2 steps compared, 2 that"]),
-    (1, [0, math.nan, 0, 0], ["compare OFF"]), (5, [0, 0], ["steps in common"]),
-    (1, [0, "cut"], ["b/metrics.jsonl, line 3"])])
+    (1, "4e-3 -4e-3 0 0", "compare OK"), (1, "6e-3 6e-3 6e-3 6e-3", "compare OFF"),  # std is 0.1
+    (3, "0 0", "2 steps compared, 2 that only one"), (1, "0 NaN 0 0", "compare OFF"),
+    (5, "0 0", "steps in common"), (1, "0 {", "b/metrics.jsonl, line 3")])
 def test_compare_needs_evidence(first, rewards, words, tmp_path, monkeypatch, capsys):
     """nan, or two runs without a common step, that agree; a mean of 0 that all is far from."""
     monkeypatch.setattr(grpo_flux, "plot", lambda *_: None)
-    for name, start, values in (("a", 1, [0.0] * 4), ("b", first, rewards)):
-        lines = [json.dumps(dict(step=i, reward=x, reward_std=0.1, loss=0)) if x != "cut" else '{"s'
-                 for i, x in enumerate(values, start)]
-        write(tmp_path / name / "metrics.jsonl", "\n\n".join([*lines, ""]))  # empty ones: skipped
+    for name, start, values in (("a", 1, "0 0 0 0"), ("b", first, rewards)):
+        lines = [f'{{"step": {i}, "reward": {x}, "reward_std": 0.1, "loss": 0}}\n\n'  # an empty one
+                 for i, x in enumerate(values.split(), start)]
+        write(tmp_path / name / "metrics.jsonl", "".join(lines))
     try:
         grpo_flux.compare_runs(tmp_path / "a", tmp_path / "b")
     except BadInput as refusal:
         print(refusal)
-    printed = capsys.readouterr().out
-    assert all(part in printed for part in words)
+    assert words in capsys.readouterr().out
 
 @pytest.mark.parametrize("flags", [[], [*LORA, *"--ema_decay 0.9 --kl_beta 0.1".split()]])
 def test_resume_is_bit_for_bit(tiny, tmp_path, flags):
@@ -1780,15 +1737,17 @@ def test_resume_is_bit_for_bit(tiny, tmp_path, flags):
 @pytest.mark.parametrize("rank", [0, 4])
 def test_export_is_the_trained_policy(tiny, tmp_path, rank):
     """An export that others read as another policy; frozen weights that are saved."""
-    flags = ["--lora_rank", str(rank), "--lora_alpha", "8", "--learning_rate", "1e-3"]
-    grpo_flux.main([*SHORT, *flags, "--ema_decay", "0", "--out", str(tmp_path)])
+    flags = f"--lora_rank {rank} --lora_alpha 8 --learning_rate 1e-3 --ema_decay 0 --out"
+    grpo_flux.main([*SHORT, *flags.split(), str(tmp_path)])
     folder, export = tmp_path / "checkpoints" / "step_00002", tmp_path / "export"
     cfg = settings(lora_rank=rank, lora_alpha=8.0, model=tiny.cfg.model)
-    policy = grpo_flux.Policy(cfg, SHAPE[1:], CPU)
+    policy, keywords = grpo_flux.Policy(cfg, SHAPE[1:], CPU), tiny.policy.predict.keywords
     inputs = torch.randn(2, 16, 16), torch.full((2, 1, 1), 0.6), tiny.text(TWO)
     pipe = FluxPipeline.from_pretrained(tiny.cfg.model, vae=None)
-    if rank:
+    if rank:  # peft takes alpha for the rank, unless a file says more than ours
         pipe.load_lora_weights(export)
+        assert len(load_file(next(export.iterdir()))) == 2 * (2 * 12 + 2 * 5)
+        assert all("lora" in name for name in load_file(next(folder.glob("*.safetensors"))))
     else:
         pipe.transformer = FluxTransformer2DModel.from_pretrained(export / "transformer")
     with torch.no_grad():
@@ -1796,20 +1755,8 @@ def test_export_is_the_trained_policy(tiny, tmp_path, rank):
         assert torch.equal(before, tiny.policy.predict(*inputs))  # adapters begin at 0
         policy.load(folder)
         trained = policy.predict(*inputs)
-        loaded = partial(tiny.policy.predict.func, pipe.transformer,
-                         **tiny.policy.predict.keywords)(*inputs)
+        loaded = grpo_flux.velocity(pipe.transformer, *inputs, **keywords)
     assert torch.allclose(loaded, trained, atol=1e-5) and (trained - before).abs().max() > 1e-3
-    if rank:  # as those read it that know nothing of alpha: B A is the difference of the weights
-        assert all("lora" in name for name in load_file(next(folder.glob("*.safetensors"))))
-        lora, start = load_file(next(export.iterdir())), tiny.policy.transformer.state_dict()
-        layers = [name[12:-14] for name in lora if name.endswith(".lora_A.weight")]
-        assert 2 * len(layers) == len(lora) and len(layers) == 2 * 12 + 2 * 5
-        for layer in layers:
-            A, B = (lora[f"transformer.{layer}.lora_{letter}.weight"] for letter in "AB")
-            x, ours = torch.randn(5, A.shape[1]), policy.transformer.get_submodule(layer)
-            update = ours(x) - torch.nn.functional.linear(x, start[f"{layer}.weight"],
-                                                          ours.base_layer.bias)
-            assert torch.allclose(update, x @ A.T @ B.T, rtol=0, atol=1e-6)
 
 # -------------------------------------------------------------------------------------------- NPU
 
@@ -1818,8 +1765,8 @@ def test_export_is_the_trained_policy(tiny, tmp_path, rank):
 # some collectives of 3, 5, 6 or 7 processes; gelu and the autocast lists are torch_npu's. It says
 # nothing of NPU kernels, each process has only npu:0, and keeps it for life.
 NO_NPU = "this torch cannot carry the stand-in for an NPU"
-LOW = "conv2d linear matmul mm bmm addmm baddbmm scaled_dot_product_attention"  # in autocast
-FP32 = "layer_norm group_norm softmax.int norm.Scalar pow.Tensor_Scalar"  # rms_norm, gelu: neither
+CAST = dict(mm="half", addmm="half", bmm="half", convolution="half",  # in autocast
+            native_layer_norm="float", _softmax="float")  # gelu: neither
 COLLECTIVES = ("allreduce_ broadcast_ allgather_ _allgather_base_ _reduce_scatter_base_ barrier "
                "allgather_into_tensor_coalesced_")
 
@@ -1856,6 +1803,10 @@ def run_on_cpu(op, *args, **kwargs):
         return args[1]
     if strays:
         raise RuntimeError(f"{op}: npu tensors meet a tensor {tuple(strays[0].shape)} of the cpu")
+    name = op.overloadpacket.__name__
+    if torch.is_autocast_enabled("npu") and name in CAST:  # below autograd: for inference alone
+        dtype = torch.get_autocast_dtype("npu") if CAST[name] == "half" else torch.float32
+        inputs = tree_map(lambda x: x.to(dtype) if torch.is_tensor(x) else x, inputs)
     if op.overloadpacket in (torch.ops.aten.gelu, torch.ops.aten.gelu_backward):
         options["approximate"] = "tanh"
     run = partial(communicate, op) if op.namespace == "c10d" else op
@@ -1879,22 +1830,6 @@ def communicate(op, *inputs):
         raise RuntimeError(f"{op}: HCCL function error, {type(error).__name__}") from error
     return result
 
-def set_autocast(library, kind, names, dtype=None):
-    """Cast inputs of these operators, on a kind of device, to a dtype; None: autocast's own."""
-    key = getattr(torch._C.DispatchKey, dict(npu="AutocastPrivateUse1", cpu="AutocastCPU")[kind])
-
-    def run(op, *args, **kwargs):
-        def cast(x):
-            fits = isinstance(x, torch.Tensor) and x.device.type == kind and x.is_floating_point()
-            return x.to(dtype or torch.get_autocast_dtype(kind)) if fits else x
-
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return op(*tree_map(cast, args), **tree_map(cast, kwargs))
-
-    for name in names.split():
-        packet, overload = f"{name}.default".split(".")[:2]
-        library.impl(name, partial(run, getattr(getattr(torch.ops.aten, packet), overload)))
-
 def install_npu():
     npu, half = types.ModuleType("torch.npu"), [torch.float16, torch.bfloat16]
     values = dict(is_available=True, is_initialized=True, device_count=8, current_device=0,
@@ -1911,28 +1846,25 @@ def install_npu():
     dist.Backend.register_backend(  # what torch asks it for, communicate does
         "hccl", lambda o, _: dist.ProcessGroupGloo(o.store, o.group_rank, o.group_size, o.timeout),
         extended_api=True, devices=["npu"])
-    every, aten, c10d, cast = libraries = [torch.library.Library(*names) for names in (
-        ("_", "IMPL"), ("aten", "IMPL", "PrivateUse1"), ("c10d", "IMPL", "PrivateUse1"),
-        ("aten", "IMPL", "AutocastPrivateUse1"))]
+    every, aten, c10d = libraries = [torch.library.Library(*names) for names in (
+        ("_", "IMPL"), ("aten", "IMPL", "PrivateUse1"), ("c10d", "IMPL", "PrivateUse1"))]
     every.fallback(run_on_cpu, "PrivateUse1")
     every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     aten.impl("convolution_overrideable", partial(run_on_cpu, torch.ops.aten.convolution.default))
     for name in COLLECTIVES.split():
         c10d.impl(name, partial(run_on_cpu, getattr(torch.ops.c10d, name).default))
-    set_autocast(cast, "npu", LOW)
-    set_autocast(cast, "npu", FP32, torch.float32)
     resize = torch.UntypedStorage.resize_  # FSDP frees memory with it; here it stays
     torch.UntypedStorage.resize_ = lambda s, n: s if s.device.type == "npu" else resize(s, n)
     assert (torch.ones(2).to("npu") + 1).tolist() == [2, 2]
     return libraries  # they take their operators along when they go
 
-def with_npu(name, *argv, cwd, launcher=(), fails=False):
+def with_npu(name, *argv, cwd, launcher=()):
     """Run a function of this file in processes of their own that have the npu."""
     done = shell(*launcher, __file__, "--npu", name, *argv, cwd=cwd,
                  CUDA_VISIBLE_DEVICES="")  # torch_npu refuses to start beside a GPU
     if NO_NPU in done.stderr:
         pytest.skip(done.stderr[done.stderr.index(NO_NPU):].splitlines()[0])
-    assert bool(done.returncode) == fails, done.stderr[-3000:]
+    succeed(done)
     return done
 
 def fenced(language):
@@ -1965,35 +1897,28 @@ def run_checklist():
         output.append(printed.getvalue())
     Path("output.json").write_text(json.dumps(output))
 
-def run_twice():
-    """A run, then one more whose second process dies at its first optimizer step."""
-    dist.destroy_process_group = lambda: None
+def run_alone():
     grpo_flux.main(sys.argv[1:])
-    dist.init_process_group = lambda *_, **__: None  # it is there
-    if dist.get_rank() == 1:
-        torch.optim.AdamW.step = lambda *_: os._exit(1)
-    sys.argv += "--num_generations 4 --batch_size 2 --out died".split()
-    runpy.run_path(str(HERE / "grpo_flux.py"), run_name="__main__")
 
 @job
 def checklist(folder):
     [argv] = [command.split()[4:] for command in first_run() if "torchrun" in command]
-    two = with_npu("run_twice", *argv, cwd=folder, launcher=TORCHRUN, fails=True)
+    two = with_npu("run_alone", *argv, cwd=folder, launcher=TORCHRUN)
     shutil.copytree(folder / "runs/two", folder / "two")  # before a later command goes on with it
     with_npu("run_checklist", str(Path(load_run(folder).cfg.hps).parent), cwd=folder)
     first, _, *rest = json.loads((folder / "output.json").read_text())
-    return folder, [first, two.stdout, *rest], two.stderr
+    return folder, [first, two.stdout, *rest]
 
 def test_npu_passes_the_first_run_checklist(checklist):
     """A command of README's list that does not work, or a device that fails one of its checks."""
-    folder, printed, _ = checklist
+    folder, printed = checklist
     for (command, words), output in zip(first_run().items(), printed, strict=True):
         assert words in output, (command, output)
     for name in ("npu", "lora"):  # in bf16
         assert [line["first_ratio_dev"] for line in read_metrics(folder / "runs" / name)] == [0, 0]
 
 def test_npu_does_what_a_cpu_does(checklist):
-    """A CPU tensor, float64, a backend by name, gradients of one rank; a death without a word."""
+    """A CPU tensor, float64, a backend by name, gradients of one rank."""
     (cpu, a), (npu, b) = results(checklist[0] / "runs/cpu"), results(checklist[0] / "two")
     for one, two in zip(cpu, npu, strict=True):
         assert two["reward"] == pytest.approx(one["reward"], abs=1e-4)  # gelu is tanh's there
@@ -2002,12 +1927,9 @@ def test_npu_does_what_a_cpu_does(checklist):
         assert two["first_ratio_dev"] == 0
     difference = [(u - v).abs().mean() for u, v in zip(a.parameters(), b.parameters())]
     assert max(difference) < 4e-5  # two steps of AdamW move weights by 4e-4
-    [line] = re.findall(r"error: .*", checklist[2])
-    assert "another process has ended, see its message" in line and "HCCL" in line
 
 FAULTS = [  # (old, new, words of the error): nothing, then what a port gets wrong
     ("", "", ""),
-    ("dist.get_default_backend_for_device(device)", "'nccl'", "nccl"),  # with RANK
     ("torch.get_device_module(device).set_device", "torch.cuda.set_device", "cuda"),
     ("send(draw_latents(keys, run.shape, cfg), run.device)", "draw_latents(keys, run.shape, cfg)",
      "of the cpu"),
@@ -2035,7 +1957,6 @@ def run_with_faults():
     torch.nn.modules.module.register_module_forward_hook(refuse_fp32)
     flags = ("--device npu --steps 1 --sampling_steps 3 --num_prompts 1 --num_generations 4 "
              "--micro_batch 2 --batch_size 4 --eval_images 3 --out").split()
-    os.environ |= dict(WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
     for i, (old, new, _) in enumerate(FAULTS):
         folder = Path(str(i)).resolve()
         for name in ("reward.py", "grpo_flux.py"):
@@ -2044,13 +1965,10 @@ def run_with_faults():
         sys.path.insert(0, str(folder))
         module = importlib.import_module("grpo_flux")
         module.plot = lambda *_: None  # it takes a second
-        with mock.patch.dict(os.environ, {"RANK": "0"} if "nccl" in new else {}):
-            try:
-                module.main([*flags, str(folder / "run")])
-            except Exception as error:
-                write(folder / "error.txt", f"{type(error).__name__}: {error}")
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        try:
+            module.main([*flags, str(folder / "run")])
+        except Exception as error:
+            write(folder / "error.txt", f"{type(error).__name__}: {error}")
 
 @job
 def npu_faults(folder):
@@ -2134,45 +2052,12 @@ def test_readme_commands_are_those_of_ci():
     commands = [line.strip() for line in first if line.strip() and "venv" not in line]
     assert len(commands) >= 3 and all(line in ran for line in commands)
 
-def test_the_algorithm_stands_alone():
-    """A copied algorithm that needs the processes, the tape, the models or the command line."""
-    sections = re.split(r"\n# -{20,} (.*)\n", inspect.getsource(grpo_flux))
-    parts = dict(zip(sections[1::2], sections[2::2]))
-    copy = vars(grpo_flux) | {"__builtins__": __builtins__}
-    allowed = {"torch", "np", "math", "F", "partial", "namedtuple", "__builtins__"}
-    world = {name: copy[name] for name in allowed}
-    exec("\n".join(parts[name] for name in ("draws", "flow SDE", "GRPO", "rollout", "update")), world)
-    cfg = settings(num_generations=4, batch_size=2, sde_window=3)
-    keys = grpo_flux.plan_step(0, cfg)
-    x, W = torch.randn(4, 5, 3), torch.eye(3).requires_grad_()
-
-    def predict(x, sigma, text):
-        return x @ W
-
-    trajectory = world["rollout"](predict, x, [], keys, cfg, cfg.eta)
-    assert all(map(torch.equal, trajectory, rollout(predict, x, [], keys, cfg, cfg.eta)))
-    stats = world["update"](predict, torch.optim.SGD([W], 0.1), trajectory, [],
-                            torch.tensor([1.0, -1, 1, -1]), keys, cfg)
-    assert stats["updates"] == 2 and stats["first_ratio_dev"] == 0 and not W.equal(torch.eye(3))
-
-def dancegrpo_saves(record, folder):
-    """Write the record's draws as DanceGRPO's code numbers them, and its results: .pt files."""
-    for step in (1, 2):
-        saves, orders = {}, []
-        for name, x in load_file(record / f"step_0000{step}_rank_0.safetensors").items():
-            kind, *key = re.match(r"(\D+?)_(\d+)_0(?:_(\d+))?(?:_(\d+))?$|(.+)", name).groups()
-            if kind == "noise":
-                sample, t = map(int, key[1:3])
-                saves[f"coff_{((step - 1) * 12 + sample) * 4 + t}_0"] = x[None]
-            elif kind == "initial_noise":
-                saves[f"input_latents_{step}_0"] = x[None]
-            elif kind == "train_steps":
-                orders.append((int(key[1]), x))
-            else:
-                saves[f"{name}_{step}_0"] = x
-        orders = [order for _, order in sorted(orders, key=lambda pair: pair[0])]
-        for name, x in (saves | {f"perms_{step}_0": torch.stack(orders)}).items():
-            torch.save(x, folder / f"{name}.pt")
+def test_the_algorithm_can_be_copied():
+    """A function of the algorithm that needs the run, its tape or the other processes."""
+    for name in ("sigma_schedule sde_mean_std flux_step gaussian_kl group_advantages grpo_loss "
+                 "plan_step rollout denoise update optimizer_step summarize").split():
+        used = {*getattr(grpo_flux, name).__code__.co_names}
+        assert not used & {"dist", "gather", "on_draw", "reward", "require", "Run", "Tape"}, name
 
 def test_readme_python_runs(tiny, record, tmp_path, monkeypatch):
     """An export, a reward, a record of saved files or a sampler that the code has left behind."""
@@ -2180,7 +2065,16 @@ def test_readme_python_runs(tiny, record, tmp_path, monkeypatch):
     grpo_flux.main([*SHORT, *LORA, "--steps", "1", "--out", "runs/lora"])
     prompts = json.loads((record / "config.json").read_text())["step_prompts"]
     write(Path("saves/prompts.json"), json.dumps(prompts))
-    dancegrpo_saves(record, Path("saves"))
+    for step in (1, 2):  # draws as DanceGRPO's code numbers them, and results
+        tensors = load_file(record / f"step_0000{step}_rank_0.safetensors")
+        saves = {f"input_latents_{step}_0": tensors[f"initial_noise_{step}_0_0"][None]}
+        saves[f"perms_{step}_0"] = torch.stack(
+            [tensors[f"train_steps_{step}_0_{i}"] for i in range(12)])
+        for i, t in itertools.product(range(12), range(3)):
+            saves[f"coff_{((step - 1) * 12 + i) * 4 + t}_0"] = tensors[f"noise_{step}_0_{i}_{t}"][None]
+        saves |= {f"{name}_{step}_0": x for name, x in tensors.items() if "." in name}
+        for name, x in saves.items():
+            torch.save(x, f"saves/{name}.pt")
     small = {r"black-forest-labs/FLUX\.1-dev": tiny.cfg.model, '"cuda"': '"cpu"', r"\b720\b": "32",
              r"num_inference_steps=\d+": "num_inference_steps=2", r"45 \* 45, 64": "16, 16",
              r"\b90\b": "8", r"sigma_schedule\(16": "sigma_schedule(2", r"\bT = 16\b": "T = 4",
