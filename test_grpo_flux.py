@@ -1360,7 +1360,7 @@ def test_refused_in_one_line(program, flags, words, tiny, mess, tmp_path, monkey
 
 @job
 def strange_place(folder):
-    """A run where much is strange or broken around it, and one without stdout."""
+    """A run where much is strange or broken around it, one without stdout, one in a notebook."""
     write(folder / "tensorboard" / "__init__.py", "raise TypeError('no descriptors')")
     write(folder / "prompts.txt", "ein grüner Bär\n\U0001f600")
     close = "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
@@ -1371,17 +1371,19 @@ def strange_place(folder):
         LANG=None, LC_ALL="C", PYTHONIOENCODING="ascii", SLURM_PROCID="1", SLURM_NTASKS="4",
         SLURM_LOCALID="1", WORLD_SIZE="4", LOCAL_RANK="1", PYTHONOPTIMIZE="1"), shell(
         "-c", close, "grpo_flux.py", *SHORT, "--out=~/closed", cwd=folder, HOME=str(folder),
-        XDG_CACHE_HOME=home)
+        XDG_CACHE_HOME=home), shell(
+        "-c", "import grpo_flux; grpo_flux.plot('x.png', []); import matplotlib.pyplot as plt; "
+        "print(plt.get_backend())", cwd=folder, MPLBACKEND="svg", PYTHONPATH=str(HERE))
 
 @faults
 def test_surroundings(strange_place):
     """A run that ends late because of its terminal, TensorBoard or environment; a folder named ~;
-    a program that a daemon starts without stdout."""
-    folder, done, closed = strange_place
+    a program that a daemon starts without stdout; a notebook that draws nothing any more."""
+    folder, done, closed, notebook = strange_place
     assert "look at run" in succeed(done) and "Traceback" not in done.stderr
     assert "ein gr\\xfcner B\\xe4r" in done.stdout
     succeed(closed)
-    assert (folder / "closed" / "before_after.png").exists()
+    assert (folder / "closed" / "before_after.png").exists() and succeed(notebook) == "svg\n"
 
 @faults
 def test_other_models_and_prompts(tiny, tmp_path, monkeypatch, capfd):
@@ -1784,11 +1786,11 @@ def test_export_is_the_trained_policy(tiny, tmp_path, rank):
 
 # A device that torch really calls npu, without hardware: its tensors are host memory, and every
 # operator runs on the CPU. Like an NPU it refuses float64 and tensors of the CPU among its own; its
-# gelu is torch_npu's. It says nothing of NPU kernels, each process has only npu:0, and keeps it for
-# life.
+# gelu and autocast lists are torch_npu's. It says nothing of NPU kernels, each process has only
+# npu:0, and keeps it for life.
 NO_NPU = "this torch cannot carry the stand-in for an NPU"
-CAST = dict(mm="half", addmm="half", bmm="half", convolution="half",  # in autocast
-            native_layer_norm="float", _softmax="float")  # gelu: neither
+LOW = "conv2d linear matmul mm bmm addmm baddbmm scaled_dot_product_attention"  # in autocast
+FP32 = " layer_norm group_norm softmax norm pow"  # rms_norm, gelu: neither
 COLLECTIVES = ("allreduce_ broadcast_ allgather_ _allgather_base_ _reduce_scatter_base_ barrier "
                "allgather_into_tensor_coalesced_")
 
@@ -1825,10 +1827,6 @@ def run_on_cpu(op, *args, **kwargs):
         return args[1]
     if strays:
         raise RuntimeError(f"{op}: npu tensors meet a tensor {tuple(strays[0].shape)} of the cpu")
-    name = op.overloadpacket.__name__
-    if torch.is_autocast_enabled("npu") and name in CAST:  # below autograd: for inference alone
-        dtype = torch.get_autocast_dtype("npu") if CAST[name] == "half" else torch.float32
-        inputs = tree_map(lambda x: x.to(dtype) if torch.is_tensor(x) else x, inputs)
     if op.overloadpacket in (torch.ops.aten.gelu, torch.ops.aten.gelu_backward):
         options["approximate"] = "tanh"
     run = partial(communicate, op) if op.namespace == "c10d" else op
@@ -1844,6 +1842,18 @@ def communicate(op, *inputs):
     result = op(*inputs)  # torch finds the work by storage, and views here have their own
     dist.Work.unbox(result[-1] if isinstance(result, tuple) else result).wait()
     return result
+
+def autocast(op, *args, **kwargs):
+    """What is in neither list computes in the dtype that it is given."""
+    name, key = op.overloadpacket.__name__, torch._C.DispatchKey.AutocastPrivateUse1
+    dtype = torch.float32 if name in FP32.split() else torch.get_autocast_dtype("npu")
+    listed = name in (LOW + FP32).split()
+
+    def cast(x):
+        return x.to(dtype) if listed and torch.is_tensor(x) and x.is_floating_point() else x
+
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+        return op(*tree_map(cast, args), **tree_map(cast, kwargs))
 
 def install_npu():
     npu, half = types.ModuleType("torch.npu"), [torch.float16, torch.bfloat16]
@@ -1864,7 +1874,7 @@ def install_npu():
     every, aten, c10d = libraries = [torch.library.Library(*names) for names in (
         ("_", "IMPL"), ("aten", "IMPL", "PrivateUse1"), ("c10d", "IMPL", "PrivateUse1"))]
     every.fallback(run_on_cpu, "PrivateUse1")
-    every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    every.fallback(autocast, "AutocastPrivateUse1")
     aten.impl("convolution_overrideable", partial(run_on_cpu, torch.ops.aten.convolution.default))
     for name in COLLECTIVES.split():
         c10d.impl(name, partial(run_on_cpu, getattr(torch.ops.c10d, name).default))
@@ -1889,7 +1899,7 @@ def fenced(language):
 
 def first_run():
     """README's list for the first run on an NPU: {command: the end of its comment}; its $small."""
-    [block] = [block for block in fenced("bash") if "--device npu --replay" in block]
+    [block] = [block for block in fenced("bash") if "small=" in block]
     small = re.search('small="(.*?)"', block)[1]
     commands = re.findall(
         r"(?m)^((?:python|torchrun) .*?)  # .*?(look at \S+|\w+ OK|\w+\.png)$", block)
