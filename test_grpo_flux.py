@@ -1159,21 +1159,26 @@ FILES = {
     "one.txt": "a red circle", "empty.txt": "\n \n", "zeros.txt": "a\0", "p.json": json.dumps(TWO),
     "latin.txt": b"B\xe4r", "other.jsonl":
     '{"image": "0001.png", "prompt": "y", "score": 1}', "cut.png": b"\x89PNG\r\n\x1a\n\0\0"}
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab29\nsize 424\n"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-MODELS = {  # a copy of the tiny FLUX: (file or folder, what it becomes, words of the message)
-    "fill": ("model_index.json", {"_class_name": "FluxFillPipeline"}, "it is a FluxFillPipeline"),
-    "quantized": ("transformer/config.json", {"quantization_config": {
-        "quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantized"),
-    "fp16": (f"transformer/{WEIGHTS}", "a.fp16.safetensors", "a variant such as fp16"),
-    "pickled": (f"vae/{WEIGHTS}", "diffusion_pytorch_model.bin", WEIGHTS),
-    "cut": (f"transformer/{WEIGHTS}", "", "its files whole"),
-    "pointer": ("tokenizer_2/tokenizer.json", POINTER, "git lfs pull"),
-    "no_words": ("tokenizer/tokenizer.json", None, "2 tokens, its encoder"),
-    "no_vae": ("vae", None, "vae"), "no_tokenizer": ("tokenizer_2", None, "104 tokens, its"),
-    "no_shard": (f"transformer/{WEIGHTS}.index.json", '{"metadata": {}, "weight_map": {"x": '
-                 '"part-00002-of-00003.safetensors"}}', "part-00002")}
+def table(text):
+    """The cells of each line, between bars."""
+    return [re.split(r" *\| *", line.strip()) for line in text.strip().splitlines()]
+
+# a copy of the tiny FLUX | a file or folder of it | its content, new settings, new name or end |
+# words of the message
+MODELS = table(f"""
+    fill      | model_index.json | {{"_class_name": "FluxFillPipeline"}} | it is a FluxFillPipeline
+    quantized | transformer/config.json | {{"quantization_config": {{}}}} | quantized
+    fp16      | transformer/{WEIGHTS} | a.fp16.safetensors | a variant such as fp16
+    pickled   | vae/{WEIGHTS} | diffusion_pytorch_model.bin | {WEIGHTS}
+    cut       | transformer/{WEIGHTS} | | its files whole
+    pointer   | tokenizer_2/tokenizer.json | version https://git-lfs.github.com | git lfs pull
+    no_words  | tokenizer/tokenizer.json | removed | 2 tokens, its encoder
+    no_vae    | vae | removed | vae
+    no_tokenizer | tokenizer_2 | removed | 104 tokens, its
+    no_shard | transformer/{WEIGHTS}.index.json | {{"metadata":{{}},"weight_map":{{"x":"y2"}}}} | y2
+""")
 RECORDS = dict(record={}, text=dict(seed="a"), few=dict(num_prompts=2), long=dict(steps=2),
                null=dict(step_prompts=None), zero=dict(steps=0), bare={}, cut={})
 RUNS = dict(run={}, lora=dict(lora_rank=4), other=dict(model="FLUX.1-dev"), cut={}, lost={})
@@ -1200,12 +1205,12 @@ def mess(tiny, tmp_path_factory):
         picture.save(folder / "pictures" / name)
     for name, content in FILES.items():
         write(folder / name, content)
-    for name, (file, change, _) in MODELS.items():
+    for name, file, change, _ in MODELS:
         path = Path(shutil.copytree(tiny.cfg.model, folder / name)) / file
-        if isinstance(change, dict):
-            change_json(path, **change)
-        elif change is None:
+        if change == "removed":
             reward.remove(path)
+        elif change.startswith("{") and path.exists():
+            change_json(path, **json.loads(change))
         elif change.endswith((".safetensors", ".bin")):
             path.rename(path.with_name(change))
         else:
@@ -1225,13 +1230,12 @@ def mess(tiny, tmp_path_factory):
     (folder / "lost_run" / "config.json").unlink()
     return folder
 
-def table(text):
+def cases(text):
     """Rows of (flags, words of the message) from lines of words | flags | flags ..."""
-    lines = [re.split(r"\s+\|\s+", line.strip()) for line in text.strip().splitlines()]
-    return [(flags, words) for words, *cells in lines for flags in cells]
+    return [(flags, words) for words, *several in table(text) for flags in several]
 
 # refused before a process group, a device or a model is touched
-EARLY = table("""
+EARLY = cases("""
     from 1 to             | --steps 0 | --steps 99999999999
     from 0 to             | --seed -1 | --kl_beta nan | --ema_decay 1
     must be from          | --eta 0 | --eta inf
@@ -1283,7 +1287,7 @@ EARLY = table("""
 """)
 
 # refused by what must be opened, or called, to know; without --hps the tiny one
-LATE = table("""
+LATE = cases("""
     CANN                  | --device npu
     CUDA build            | --device cuda
     not all of torchrun's | RANK=0 | RANK=0 WORLD_SIZE=1
@@ -1298,7 +1302,7 @@ LATE = table("""
     a folder or hub name  | --model . --prompts one.txt {hps}
     a folder or hub name  | --model \x1b[31mred --prompts one.txt {hps}
 """)
-LATE += [(f"--model {name} --prompts one.txt {{hps}}", MODELS[name][-1]) for name in MODELS]
+LATE += [(f"--model {name} --prompts one.txt {{hps}}", words) for name, *_, words in MODELS]
 
 # refused by reward.py
 SCORING = [
@@ -1469,9 +1473,6 @@ def test_signal_saves_and_stops(name, tiny, tmp_path, monkeypatch, capfd):
         assert capfd.readouterr().out.startswith("the run in runs/tiny has finished its 2 steps")
         with pytest.raises(BadInput, match="--hps none.pt"):
             grpo_flux.main([*flags, "--hps", "none.pt"])
-        for file in ("metrics.jsonl", "before_after.png", "images/step_00000.png"):
-            Path("runs/tiny", file).unlink()  # somebody has cleared them away
-        grpo_flux.main(flags)
 
 def test_nohup_protects():
     """A run that ends with its terminal although nohup has started it."""
@@ -1953,25 +1954,24 @@ def test_npu_does_what_a_cpu_does(checklist):
     difference = [(u - v).abs().mean() for u, v in zip(a.parameters(), b.parameters())]
     assert max(difference) < 4e-5  # two steps of AdamW move weights by 4e-4
 
-FAULTS = [  # (old, new, words of the error): nothing, then what a port gets wrong
-    ("", "", ""),
-    ("torch.get_device_module(device).set_device", "torch.cuda.set_device", "cuda"),
-    ("send(draw_latents(keys, run.shape, cfg), run.device)", "draw_latents(keys, run.shape, cfg)",
-     "of the cpu"),
-    ("dtype=x.dtype, device=x.device)", "dtype=torch.float64, device=x.device)", "float64"),
-    ("numbers.astype(np.float32)", "numbers", "float64"),
-    ("send(torch.stack(draws), x.device)", "torch.stack(draws)", "npu:0 and cpu"),
-    ("send(torch.stack(draws), x.device)",
-     "torch.randn(x.shape, device=x.device, generator=torch.Generator(x.device))", "Generator"),
-    ("send(rows, self.device)", "rows", "of the cpu"),
-    ("send(advantages, device)", "advantages", "indexed tensor"),
-    ("self.tokenizer(unique).to(self.device)", "self.tokenizer(unique)", "of the cpu"),
-    ('bf16 = cfg.dtype == "bf16"', "bf16 = False", "computes in fp32"),
-    ("torch.autocast(self.device.type", "torch.autocast('cuda'", "computes in fp32"),
-    ("import reward\n",
-     "import reward\nfrom diffusers.models.transformers import transformer_flux\n"
-     "transformer_flux.maybe_adjust_dtype_for_device = lambda dtype, _: dtype\n", "float64"),
-]
+# what a port gets wrong: code | another in its place | words of the error. The last one is the
+# float64 of diffusers' rotary embedding, which it leaves only where it knows the device.
+ROTARY = ("from diffusers.models.transformers import transformer_flux as f; "
+          "f.maybe_adjust_dtype_for_device")
+FAULTS = table(f"""
+    torch.get_device_module(device).set_device | torch.cuda.set_device | cuda
+    run.shape, cfg), run.device) | run.shape, cfg), torch.device("cpu")) | of the cpu
+    dtype=x.dtype, device=x.device) | dtype=torch.float64, device=x.device) | float64
+    numbers.astype(np.float32) | numbers | float64
+    send(torch.stack(draws), x.device) | torch.stack(draws) | npu:0 and cpu
+    torch.stack(draws), x | torch.randn(9, generator=torch.Generator(x.device)), x | Generator
+    send(rows, self.device) | rows | of the cpu
+    send(advantages, device) | advantages | indexed tensor
+    self.tokenizer(unique).to(self.device) | self.tokenizer(unique) | of the cpu
+    bf16 = cfg.dtype == "bf16" | bf16 = False | computes in fp32
+    torch.autocast(self.device.type | torch.autocast('cuda' | computes in fp32
+    import reward | import reward; {ROTARY} = lambda dtype, _: dtype | float64
+""")
 
 def run_with_faults():
     """A short run in bf16 of a copy of the code with each fault; error.txt says how it ended."""
@@ -1982,7 +1982,7 @@ def run_with_faults():
     torch.nn.modules.module.register_module_forward_hook(refuse_fp32)
     flags = ("--device npu --steps 1 --sampling_steps 3 --num_prompts 1 --num_generations 4 "
              "--micro_batch 2 --batch_size 4 --eval_images 3 --out").split()
-    for i, (old, new, _) in enumerate(FAULTS):
+    for i, (old, new, _) in enumerate([("", "", ""), *FAULTS]):
         folder = Path(str(i)).resolve()
         for name in ("reward.py", "grpo_flux.py"):
             write(folder / name, (HERE / name).read_text().replace(old, new))
@@ -2000,15 +2000,16 @@ def npu_faults(folder):
     with_npu("run_with_faults", cwd=folder)
     return folder
 
-@pytest.mark.parametrize("i", range(len(FAULTS)))
+@pytest.mark.parametrize("i", range(1 + len(FAULTS)))
 def test_npu_shows_what_a_port_gets_wrong(npu_faults, i):
     """0: a run without torchrun, in bf16. Then: a stand-in that is blind to what it stands for."""
-    (old, new, words), folder = FAULTS[i], npu_faults / str(i)
-    if old == new:
+    folder = npu_faults / str(i)
+    if i == 0:
         assert [line["first_ratio_dev"] for line in read_metrics(folder / "run")] == [0]
-    else:
-        assert any(old in (HERE / name).read_text() for name in ("grpo_flux.py", "reward.py"))
-        assert words and words.lower() in (folder / "error.txt").read_text().lower()
+        return
+    old, _, words = FAULTS[i - 1]
+    assert any(old in (HERE / name).read_text() for name in ("grpo_flux.py", "reward.py"))
+    assert words and words.lower() in (folder / "error.txt").read_text().lower()
 
 def run_at_real_size():
     """A rollout and an update of FLUX.1-dev at 720x720; and the tables of the stand-in."""
