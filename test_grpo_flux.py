@@ -158,6 +158,16 @@ SHORT = "--steps 2 --num_prompts 1 --sampling_steps 4 --eval_images 3 --device c
 THREE = "--steps 3 --sampling_steps 3 --eval_images 3 --device cpu".split()
 LORA = "--lora_rank 4 --lora_alpha 8 --learning_rate 1e-3".split()
 
+with warnings.catch_warnings():  # pytest wants a file of its own for the names of marks
+    warnings.simplefilter("ignore")
+    faults = pytest.mark.faults
+
+@pytest.fixture
+def heavy(request):
+    """For what takes minutes: only when it is asked for."""
+    if "faults" not in request.config.option.markexpr:
+        pytest.skip("python -m pytest -m faults test_grpo_flux.py runs this, too")
+
 # ---------------------------------------------------------------------------------------- flow SDE
 
 def gaussian(sde, v, x, sigma, sigma_next, eta):
@@ -418,6 +428,26 @@ def test_first_ratio_is_one(tiny, sde, micro_batch):
     optimizer = torch.optim.SGD(tiny.policy.transformer.parameters(), lr=0)  # others use it, too
     stats = grpo_flux.update(tiny.policy.predict, optimizer, trajectory, text, A, keys, cfg)
     assert stats["first_ratio_dev"] == 0 and stats["grad_norm"] > 0
+
+@faults
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("lora_rank", [0, 8])
+def test_compiled_first_ratio(tiny, lora_rank, tmp_path, heavy):
+    """A rollout without gradients, or of fewer rows, for which inductor compiles another graph."""
+    torch._dynamo.reset()
+    run = load_run(tmp_path, compile=True, dtype="bf16", lora_rank=lora_rank, sampling_steps=4,
+                   gradient_checkpointing=0.5, sde_window=2, num_generations=4, batch_size=2,
+                   micro_batch=2, eval_images=3)
+    run.step_prompts *= 3
+    (run.out / "images").mkdir()
+    windows = {grpo_flux.sde_steps(step, run.cfg) for step in range(3)}
+    counts, graphs = torch._dynamo.utils.counters["stats"], []
+    for step in range(3):
+        _, _, stats = grpo_flux.train_step(step, run)
+        graphs.append(counts["unique_graphs"])
+        assert stats["first_ratio_dev"] == 0 and stats["updates"] == 2
+        run.evaluate(step)
+    assert len(windows) > 1 and graphs[0] > 0 and graphs == [counts["unique_graphs"]] * 3
 
 def test_batches_that_move_nothing():
     """Weights that are nan after one nan; calls, weight decay, momentum for a gradient of 0."""
@@ -1132,16 +1162,6 @@ def test_scores_of_two_devices(tiny, tmp_path, capsys):
         assert capsys.readouterr().out.endswith(f"reward {'OFF' if status else 'OK'}\n")
 
 # ---------------------------------------------------------------------------------- what goes wrong
-
-with warnings.catch_warnings():  # pytest wants a file of its own for the names of marks
-    warnings.simplefilter("ignore")
-    faults = pytest.mark.faults
-
-@pytest.fixture
-def heavy(request):
-    """For what takes minutes: only when it is asked for."""
-    if "faults" not in request.config.option.markexpr:
-        pytest.skip("python -m pytest -m faults test_grpo_flux.py runs this, too")
 
 JUDGES = """import torch
 number, calls = 3, []
@@ -1883,7 +1903,7 @@ def run_at_real_size():
     with torch.autocast("npu", torch.bfloat16):
         assert (x @ x.T).dtype == f.rms_norm(x.bfloat16(), (2,)).dtype == torch.bfloat16
         assert f.layer_norm(x.bfloat16(), (2,)).dtype == torch.float32
-    seen = count_at_real_size(0, 1, 1, "npu", shares=[0])["seen"]
+    seen = count_at_real_size(0, 0.0, 1, 1, "npu", shares=[0])["seen"]
     assert not {dtype for _, dtype in seen} & {torch.float64, torch.complex128}
     assert {k for k, names in seen.items() if names & {"mm", "addmm"}} == {("npu", torch.bfloat16)}
     on_cpu = set().union(*(names for (device, _), names in seen.items() if device == "cpu"))
@@ -1923,6 +1943,33 @@ def test_meter_counts_all_flop(tiny):
     # 4 S² D of each layer and sample, and 10 S² D in the backward
     assert meter.counted["attention"] == 14 * (16 + 8) ** 2 * 128 * 4 * 2
     assert 2.9 < meter.counted["flop"] / linear["flop"] <= 3  # none for gradients of inputs
+
+def test_adapters_cost_two_kernels():
+    """A cast or a sum that comes with every adapted layer: launches bound a small batch."""
+    layer, kernels = grpo_flux.LoraLinear(torch.nn.Linear(8, 6), 4, 8.0), []
+    for layer.enabled in (False, True):
+        with torch.no_grad(), Meter() as meter:
+            layer(torch.randn(2, 3, 8))
+        kernels.append(meter.counted["kernels"])
+    assert kernels[1] - kernels[0] == 2
+
+def test_real_size_is_measured(capsys):
+    """A benchmark of an accelerator that ends at the first setting that needs too much memory, or
+    that nobody has run since the code changed."""
+    small = dict(thin=True, settings=[(1, 0, False), (2, 0.5, False)], num_layers=2,
+                 num_single_layers=2)
+    measure_at_real_size(CPU, **small)
+    with mock.patch("grpo_flux.Policy", side_effect=[torch.OutOfMemoryError("no GiB")] * 9):
+        with mock.patch(f"{__name__}.count_flop", return_value=[1, 3]):
+            measure_at_real_size(CPU, **small)
+    measure_at_real_size(CPU, budget=-1, **small)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[:3] + row[8:10] for row in rows[3:5]] == [
+        ["1", "0", "eager", "nan", "0.0e+00"], ["2", "0.5", "eager", "nan", "0.0e+00"]]
+    assert all(row[10] == "yes" for row in rows[3:5])
+    assert [row[3] for row in rows[8:10]] == ["OutOfMemoryError:"] * 2
+    assert rows[-1][:4] == ["2", "settings", "left", "out"]
+
 
 # ------------------------------------------------------------------------------------------ README
 
@@ -2096,6 +2143,8 @@ class Meter(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in kinds):
             return NotImplemented  # then it comes again, with what this rank holds
         result = op(*args, **kwargs or {})
+        if op.namespace == "prim":
+            return result  # a FakeTensor that is asked for its device
         if not op.is_view and "view" not in op.__name__:  # _unsafe_view is one, too
             self.counted["kernels"] += 1
         for x in filter(torch.is_tensor, tree_leaves(result)):
@@ -2318,17 +2367,19 @@ def benchmark_at_real_size():
     cfg, sizes = grpo_flux.Config(), (1, 2, 4)
     images, T = cfg.num_prompts * cfg.num_generations, cfg.sampling_steps
     K = grpo_flux.num_train_steps(cfg)
-    kinds = [(64, 0.0, 1), (64, 0.0, 8), (0, 0.0, 8), (0, 0.1, 8)]
-    ways = [(*kind, n) for n in sizes[::-1] for kind in kinds]
+    kinds = {(64, 0.0, 1): (1, 0.5, 0), (64, 0.0, 8): (1, 0.5, 0), (0, 0.0, 8): (1, 0.5, 0),
+             (0, 0.1, 8): (1,)}  # shares of checkpointed blocks
+    ways = [(*kind, n, "cpu", shares) for n in sizes[::-1] for kind, shares in kinds.items()]
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
-        counted = dict(zip(ways, pool.starmap(count_at_real_size, ways, chunksize=1)))
+        results = pool.starmap(count_at_real_size, ways, chunksize=1)
+    counted = {way[:4]: result for way, result in zip(ways, results)}
     print(f"FLUX.1-dev at 720x720 in bf16, counted on torch {torch.__version__}: {T} forwards and "
           f"{K} with a\nbackward for each of the {images} images of a GRPO step\nLoRA  KL ranks "
           "share  GiB of a rank, micro-batch 1, 2, 4; PFLOP, without attention; GiB "
           "reduce-scattered")
-    for kind in kinds:
+    for kind, shares in kinds.items():
         runs = [counted[*kind, n] for n in sizes]
-        for share in (1, 0.5, 0):
+        for share in shares:
             one, two = runs[0]["rollout"], runs[0][share]
             matmuls, attention = (images * 1e-15 * (one[key] / 2 * T + two[key] * K)
                                   for key in ("flop", "attention"))
