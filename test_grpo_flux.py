@@ -2069,6 +2069,15 @@ def test_readme_python_runs(tiny, record, tmp_path, monkeypatch):
 
 # --------------------------------------------------------------------------------------- benchmark
 
+def clock(device, call, *args, **named):
+    """The seconds of a call, and its result; a device may compute when the host has gone on."""
+    synchronize = torch.get_device_module(device).synchronize
+    synchronize()
+    begin = time.perf_counter()
+    result = call(*args, **named)
+    synchronize()
+    return time.perf_counter() - begin, result
+
 def transformer_alone(run):
     """The transformer calls of one step, and nothing else."""
     n = run.cfg.micro_batch
@@ -2087,16 +2096,13 @@ def benchmark(repetitions=7):
     torch.set_num_threads(1)
     run = load_run(tempfile.mkdtemp(), reward.select_device(), sampling_steps=16,
                    learning_rate=1e-8)
-    synchronize, times = torch.get_device_module(run.device).synchronize, defaultdict(list)
+    times = defaultdict(list)
     for _ in range(repetitions + 1):  # the first warms up
         for n in (12, 4, 1):
             run.cfg = replace(run.cfg, micro_batch=n, batch_size=max(n, 4))
             for call in (partial(grpo_flux.train_step, 0), transformer_alone):
-                synchronize()
-                begin = time.perf_counter()
-                call(run)
-                synchronize()
-                times[n, call is transformer_alone].append(time.perf_counter() - begin)
+                seconds, _ = clock(run.device, call, run)
+                times[n, call is transformer_alone].append(seconds)
     shutil.rmtree(run.out)
     print(f"A GRPO step of 12 samples of the tiny FLUX on {run.device}, torch {torch.__version__}, "
           f"medians of {repetitions}\nmicro-batch   seconds   of its transformer calls   of "
@@ -2167,10 +2173,11 @@ THIN = dict(attention_head_dim=16, num_attention_heads=2, joint_attention_dim=64
 def random_flux(device, **shape):
     """FLUX.1-dev, or another shape of it, with random weights in bf16, made on the device."""
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        transformer = FluxTransformer2DModel(guidance_embeds=True, **shape)
-    torch.set_default_dtype(torch.float32)
-    return transformer
+    try:
+        with torch.device(device):
+            return FluxTransformer2DModel(guidance_embeds=True, **shape)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 def random_vae(device, thin):
     """FLUX.1's VAE with random weights in bf16."""
@@ -2184,7 +2191,8 @@ def random_vae(device, thin):
 def random_policy(cfg, device, **shape):
     """A Policy of FLUX.1-dev, or another shape of it, with random weights."""
     def load(cfg, device):
-        return grpo_flux.prepare_policy(random_flux(device, **shape), cfg).to(device)
+        with torch.device(device):
+            return grpo_flux.prepare_policy(random_flux(device, **shape), cfg)
 
     with mock.patch.object(grpo_flux, "load_transformer", load):
         return grpo_flux.Policy(cfg, (cfg.height // 8, cfg.width // 8), device)
@@ -2232,9 +2240,9 @@ def count_kernels(repetitions=7):
             call()
         seconds = []
         for _ in range(repetitions):
-            begin = time.perf_counter()
+            begin = time.process_time()  # other work on the machine does not count
             call()
-            seconds.append(time.perf_counter() - begin)
+            seconds.append(time.process_time() - begin)
         print(f"{name}: {meter.counted['kernels']} kernels, {1e3 * np.median(seconds):.0f} ms of "
               "one CPU thread", flush=True)
 
@@ -2242,32 +2250,24 @@ def measure_setting(cfg, device, vae, **shape):
     """Seconds of a rollout, a decode and an update of one micro-batch of samples, those of a first
     time that warms up and compiles, recompilations after it, GiB, and the update's statistics."""
     module, graphs = torch.get_device_module(device), torch._dynamo.utils.counters["stats"]
-    if device.type != "cpu":
+    if reward.is_accelerator(device):
         module.reset_peak_memory_stats()
     policy = random_policy(cfg, device, **shape)
-    grid = (cfg.height // 8, cfg.width // 8)
+    runs = []
     for step in range(2):
-        seconds = []
         compiled = graphs["unique_graphs"]
-
-        def clock(call, *args, **named):
-            module.synchronize()
-            begin = time.perf_counter()
-            result = call(*args, **named)
-            module.synchronize()
-            seconds.append(time.perf_counter() - begin)
-            return result
-
         keys = [(step, 0, i) for i in range(cfg.micro_batch)]
         x, text = random_inputs(cfg, policy.transformer.config, device, keys)
-        trajectory = clock(rollout, policy.predict, x, text, keys, cfg, cfg.eta)
-        clock(decode, vae, trajectory.x0, grid, cfg.micro_batch)
-        stats = clock(grpo_flux.update, policy.predict, policy.optimizer, trajectory, text,
-                      torch.ones(len(keys)), keys, cfg, first_ratio_limit=math.inf)
-        if step == 0:
-            first = sum(seconds)
-    peak = math.nan if device.type == "cpu" else module.max_memory_allocated() / GIB
-    return seconds, first, graphs["unique_graphs"] - compiled, peak, stats
+        rolled, trajectory = clock(
+            device, rollout, policy.predict, x, text, keys, cfg, cfg.eta)
+        decoded, _ = clock(
+            device, decode, vae, trajectory.x0, (cfg.height // 8, cfg.width // 8), len(keys))
+        updated, stats = clock(
+            device, grpo_flux.update, policy.predict, policy.optimizer, trajectory, text,
+            torch.ones(len(keys)), keys, cfg, first_ratio_limit=math.inf)
+        runs.append([rolled, decoded, updated])
+    peak = module.max_memory_allocated() / GIB if reward.is_accelerator(device) else math.nan
+    return runs[1], sum(runs[0]), graphs["unique_graphs"] - compiled, peak, stats
 
 # (micro-batch, share of checkpointed blocks, compiled), the most telling first
 SETTINGS = [(1, 0, False), (1, 0, True), (4, 1, False), (4, 1, True), (2, 0.5, False)]
@@ -2296,7 +2296,7 @@ def measure_at_real_size(device, budget=math.inf, thin=False, settings=SETTINGS,
         print(f"{n:5}{share:6} {'compiled' if compiled else 'eager':8}", end="", flush=True)
         try:
             seconds, first, recompiled, peak, stats = measure_setting(cfg, device, vae, **shape)
-        except Exception as error:  # out of memory, say; another setting may need less
+        except Exception as error:  # out of memory, say; others may need less
             print(f" {type(error).__name__}: {str(error)[:60]!r}", flush=True)
         else:
             scale = T / cfg.sampling_steps, 1, K / grpo_flux.num_train_steps(cfg)
@@ -2307,7 +2307,7 @@ def measure_at_real_size(device, budget=math.inf, thin=False, settings=SETTINGS,
                   f"{recompiled if compiled else '-':>10}{first:9.1f}", flush=True)
         torch._dynamo.reset()
         gc.collect()  # hooks and parameters refer to each other
-        if device.type != "cpu":
+        if reward.is_accelerator(device):
             torch.get_device_module(device).empty_cache()
 
 def count_at_real_size(lora_rank, kl_beta, world, n, device="cpu", shares=(1, 0.5, 0)):
