@@ -7,6 +7,7 @@ and says what is asserted where that is not obvious.
     python test_grpo_flux.py --size flux-dev  # what FLUX.1-dev costs, counted on any machine
 """
 
+import argparse
 import ast
 import copy
 import ctypes
@@ -19,7 +20,6 @@ import math
 import os
 import pkgutil
 import re
-import runpy
 import shutil
 import signal
 import socket
@@ -61,7 +61,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import grpo_flux
 import reward
@@ -181,6 +181,16 @@ TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
 SHORT = "--steps 2 --num_prompts 1 --sampling_steps 4 --eval_images 3 --device cpu".split()
 THREE = "--steps 3 --sampling_steps 3 --eval_images 3 --device cpu".split()
 LORA = "--lora_rank 4 --lora_alpha 8 --learning_rate 1e-3".split()
+
+with warnings.catch_warnings():  # pytest wants a file of its own for the names of marks
+    warnings.simplefilter("ignore")
+    faults = pytest.mark.faults
+
+@pytest.fixture
+def heavy(request):
+    """For what takes minutes: only when it is asked for."""
+    if "faults" not in request.config.option.markexpr:
+        pytest.skip("python -m pytest -m faults test_grpo_flux.py runs this, too")
 
 # ---------------------------------------------------------------------------------------- flow SDE
 
@@ -477,6 +487,26 @@ def test_first_ratio_is_one(tiny, sde, micro_batch):
     optimizer = torch.optim.SGD(tiny.policy.transformer.parameters(), lr=0)  # others use it, too
     stats = grpo_flux.update(tiny.policy.predict, optimizer, trajectory, text, A, keys, cfg)
     assert stats["first_ratio_dev"] == 0 and stats["grad_norm"] > 0
+
+@faults
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("lora_rank", [0, 8])
+def test_compiled_first_ratio(tiny, lora_rank, tmp_path, heavy):
+    """A rollout without gradients, or of fewer rows, for which inductor compiles another graph."""
+    torch._dynamo.reset()
+    run = load_run(tmp_path, compile=True, dtype="bf16", lora_rank=lora_rank, sampling_steps=4,
+                   gradient_checkpointing=0.5, sde_window=2, num_generations=4, batch_size=2,
+                   micro_batch=2, eval_images=3)
+    run.step_prompts *= 3
+    (run.out / "images").mkdir()
+    windows = {grpo_flux.sde_steps(step, run.cfg) for step in range(3)}
+    counts, graphs = torch._dynamo.utils.counters["stats"], []
+    for step in range(3):
+        _, _, stats = grpo_flux.train_step(step, run)
+        graphs.append(counts["unique_graphs"])
+        assert stats["first_ratio_dev"] == 0 and stats["updates"] == 2
+        run.evaluate(step)
+    assert len(windows) > 1 and graphs[0] > 0 and graphs == [counts["unique_graphs"]] * 3
 
 def test_batches_that_move_nothing():
     """Weights that are nan after one nan; calls, weight decay, momentum for a gradient of 0."""
@@ -1418,16 +1448,6 @@ def test_scores_of_two_devices(tiny, tmp_path, capsys, monkeypatch):
 
 # ---------------------------------------------------------------------------------- what goes wrong
 
-with warnings.catch_warnings():  # pytest wants a file of its own for the names of marks
-    warnings.simplefilter("ignore")
-    faults = pytest.mark.faults
-
-@pytest.fixture
-def heavy(request):
-    """For what takes minutes: only when it is asked for."""
-    if "faults" not in request.config.option.markexpr:
-        pytest.skip("python -m pytest -m faults test_grpo_flux.py runs this, too")
-
 FAULTY = ("--device cpu --num_prompts 1 --num_generations 2 --micro_batch 2 --sampling_steps 2 "
           "--batch_size 2 --eval_images 2 --eval_every 2 --save_every 1 --learning_rate 1e-3 "
           "--ema_decay 0 --steps 4")
@@ -2304,7 +2324,7 @@ def run_at_real_size():
     with torch.autocast("npu", torch.bfloat16):
         assert (x @ x.T).dtype == f.rms_norm(x.bfloat16(), (2,)).dtype == torch.bfloat16
         assert f.layer_norm(x.bfloat16(), (2,)).dtype == torch.float32
-    seen = count_at_real_size(0, 1, 1, "npu", shares=[0])["seen"]
+    seen = count_at_real_size(0, 0.0, 1, 1, "npu", shares=[0])["seen"]
     assert not {dtype for _, dtype in seen} & {torch.float64, torch.complex128}
     assert {k for k, names in seen.items() if names & {"mm", "addmm"}} == {("npu", torch.bfloat16)}
     on_cpu = set().union(*(names for (device, _), names in seen.items() if device == "cpu"))
@@ -2343,6 +2363,33 @@ def test_meter_counts_all_flop(tiny):
     # 4 S² D of each layer and sample, and 10 S² D in the backward
     assert meter.counted["attention"] == 14 * (16 + 8) ** 2 * 128 * 4 * 2
     assert 2.9 < meter.counted["flop"] / linear["flop"] <= 3  # none for gradients of inputs
+
+def test_adapters_cost_two_kernels():
+    """A cast or a sum that comes with every adapted layer: launches bound a small batch."""
+    layer, kernels = grpo_flux.LoraLinear(torch.nn.Linear(8, 6), 4, 8.0), []
+    for layer.enabled in (False, True):
+        with torch.no_grad(), Meter() as meter:
+            layer(torch.randn(2, 3, 8))
+        kernels.append(meter.counted["kernels"])
+    assert kernels[1] - kernels[0] == 2
+
+def test_real_size_is_measured(capsys):
+    """A benchmark of an accelerator that ends at the first setting that needs too much memory, or
+    that nobody has run since the code changed."""
+    small = dict(thin=True, settings=[(1, 0, False), (2, 0.5, False)], num_layers=2,
+                 num_single_layers=2)
+    measure_at_real_size(CPU, **small)
+    with mock.patch("grpo_flux.Policy", side_effect=[torch.OutOfMemoryError("no GiB")] * 9):
+        with mock.patch(f"{__name__}.count_flop", return_value=[1, 3]):
+            measure_at_real_size(CPU, **small)
+    measure_at_real_size(CPU, budget=-1, **small)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[:3] + row[8:10] for row in rows[3:5]] == [
+        ["1", "0", "eager", "nan", "0.0e+00"], ["2", "0.5", "eager", "nan", "0.0e+00"]]
+    assert all(row[10] == "yes" for row in rows[3:5])
+    assert [row[3] for row in rows[8:10]] == ["OutOfMemoryError:"] * 2
+    assert rows[-1][:4] == ["2", "settings", "left", "out"]
+
 
 # ------------------------------------------------------------------------------------------ README
 
@@ -2420,16 +2467,26 @@ sigma_schedule\(16 -> sigma_schedule(2
 
 # --------------------------------------------------------------------------------------- benchmark
 
+def clock(device, call, *args, **named):
+    """The seconds of a call, and its result; a device may compute when the host has gone on."""
+    synchronize = torch.get_device_module(device).synchronize
+    synchronize()
+    begin = time.perf_counter()
+    result = call(*args, **named)
+    synchronize()
+    return time.perf_counter() - begin, result
+
 def transformer_alone(run):
     """The transformer calls of one step, and nothing else."""
-    n, calls = run.cfg.micro_batch, 12 // run.cfg.micro_batch
-    x, text = torch.randn(n, 16, 16).to(run.device), run.text(["a red circle"] * n)
-    ids, ones = run.policy.predict.keywords["ids"], x.new_ones(n)  # for σ and guidance
-    call = partial(run.policy.transformer, x, *text, ones, ids, 0 * ids[:8], ones)
+    n = run.cfg.micro_batch
+    calls = 12 // n
+    x = torch.randn(n, 16, 16).to(run.device)
+    text = run.text(["a red circle"] * n)
+    sigma = x.new_ones(n, 1, 1)
     for _ in range(calls * run.cfg.sampling_steps):
-        torch.no_grad()(call)()
+        torch.no_grad()(run.policy.predict)(x, sigma, text)
     for _ in range(calls * grpo_flux.num_train_steps(run.cfg)):
-        call().sample.backward(x)
+        run.policy.predict(x, sigma, text).backward(x)
     run.policy.optimizer.zero_grad()
 
 def benchmark(repetitions=7):
@@ -2437,17 +2494,13 @@ def benchmark(repetitions=7):
     torch.set_num_threads(1)
     run = load_run(tempfile.mkdtemp(), reward.select_device(), sampling_steps=16,
                    learning_rate=1e-8)
-    grpo_flux.TAPE.start(run.cfg, {}, 0)
-    synchronize, times = torch.get_device_module(run.device).synchronize, defaultdict(list)
+    times = defaultdict(list)
     for _ in range(repetitions + 1):  # the first warms up
         for n in (12, 4, 1):
             run.cfg = replace(run.cfg, micro_batch=n, batch_size=max(n, 4))
             for call in (partial(grpo_flux.train_step, 0), transformer_alone):
-                synchronize()
-                begin = time.perf_counter()
-                call(run)
-                synchronize()
-                times[n, call is transformer_alone].append(time.perf_counter() - begin)
+                seconds, _ = clock(run.device, call, run)
+                times[n, call is transformer_alone].append(seconds)
     shutil.rmtree(run.out)
     print(f"A GRPO step of 12 samples of the tiny FLUX on {run.device}, torch {torch.__version__}, "
           f"medians of {repetitions}\nmicro-batch   seconds   of its transformer calls   of "
@@ -2457,6 +2510,7 @@ def benchmark(repetitions=7):
         print(f"{n:11}{np.median(step):10.3f}{np.median(step / alone):27.2f}"
               f"{np.median(step / step_of_4):19.2f}")
 
+GIB = 2**30
 ATTENTION = {  # FLOP of what torch 2.14's flop_registry leaves out: q k' and p v, then five like it
     "_scaled_dot_product_flash_attention_for_cpu":
         lambda q, k, *_, **__: 4 * q.numel() * k.shape[-2],
@@ -2464,7 +2518,7 @@ ATTENTION = {  # FLOP of what torch 2.14's flop_registry leaves out: q k' and p 
         lambda _, q, k, *__, **___: 10 * q.numel() * k.shape[-2]}
 
 class Meter(TorchDispatchMode):
-    """Counts FLOP, collectives, the bytes that a rank receives by them, and live bytes."""
+    """Counts kernels, FLOP, collectives, the bytes a rank receives by them, and live bytes."""
 
     def __init__(self):
         super().__init__()
@@ -2493,6 +2547,10 @@ class Meter(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in kinds):
             return NotImplemented  # then it comes again, with what this rank holds
         result = op(*args, **kwargs or {})
+        if op.namespace == "prim":
+            return result  # a FakeTensor that is asked for its device
+        if not op.is_view and "view" not in op.__name__:  # _unsafe_view is one, too
+            self.counted["kernels"] += 1
         for x in filter(torch.is_tensor, tree_leaves(result)):
             self.seen[x.device.type, x.dtype].add(op.overloadpacket.__name__)
             if not self.sizes.get((storage := x.untyped_storage())._cdata):
@@ -2507,81 +2565,229 @@ class Meter(TorchDispatchMode):
             self.counted[f"{name}_bytes"] += abs(args[0].nbytes - args[1].nbytes)
         return result
 
-def count_at_real_size(lora_rank, world, n, device="cpu", shares=(1, 0.5, 0)):
+THIN = dict(attention_head_dim=16, num_attention_heads=2, joint_attention_dim=64,
+            pooled_projection_dim=32, axes_dims_rope=(4, 6, 6))
+
+def random_flux(device, **shape):
+    """FLUX.1-dev, or another shape of it, with random weights in bf16, made on the device."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            return FluxTransformer2DModel(guidance_embeds=True, **shape)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+def random_vae(device, thin):
+    """FLUX.1's VAE with random weights in bf16."""
+    channels = (32,) * 4 if thin else (128, 256, 512, 512)
+    vae = diffusers.AutoencoderKL(
+        latent_channels=16, block_out_channels=channels, layers_per_block=2, sample_size=1024,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
+    return vae.to(device, torch.bfloat16).requires_grad_(False)
+
+def random_policy(cfg, device, **shape):
+    """A Policy of FLUX.1-dev, or another shape of it, with random weights."""
+    def load(cfg, device):
+        with torch.device(device):
+            return grpo_flux.prepare_policy(random_flux(device, **shape), cfg)
+
+    with mock.patch.object(grpo_flux, "load_transformer", load):
+        return grpo_flux.Policy(cfg, (cfg.height // 8, cfg.width // 8), device)
+
+def random_inputs(cfg, transformer, device, keys):
+    """Noise (B, L, C), and text of random embeddings."""
+    sizes = (cfg.text_length, transformer.joint_attention_dim), (transformer.pooled_projection_dim,)
+    text = [torch.randn(len(keys), *size, device=device).bfloat16() for size in sizes]
+    x = grpo_flux.draw_latents(keys, (16, cfg.height // 8, cfg.width // 8), cfg)
+    return x.to(device), text
+
+def one_setting(n, share, compiled, side, tokens):
+    """Config of a rollout of four denoising steps of n samples, all but the last trained."""
+    return grpo_flux.Config(
+        dtype="bf16", lora_rank=64, num_prompts=1, num_generations=max(n, 2),
+        batch_size=max(n, 2), sampling_steps=4, micro_batch=n, gradient_checkpointing=share,
+        compile=compiled, height=side, width=side, text_length=tokens)
+
+def call_alone(policy, cfg, device):
+    """{name: function} of a forward of the policy, and of one with its backward."""
+    x, text = random_inputs(cfg, policy.transformer.config, device, [(0, 0, 0)])
+    predict = partial(policy.predict, x, x.new_full((1, 1, 1), 0.7), text)
+    return {"forward": torch.no_grad()(predict),
+            "forward and backward": lambda: predict().square().mean().backward()}
+
+def count_flop(cfg, **shape):
+    """FLOP of a sample in one forward, and in one with a backward, counted on meta tensors."""
+    device = torch.device("meta")
+    policy = random_policy(replace(cfg, compile=False, gradient_checkpointing=0), device, **shape)
+    flop = []
+    for call in call_alone(policy, cfg, device).values():
+        with FlopCounterMode(display=False) as counter:
+            call()
+        flop.append(counter.get_total_flops())
+    return flop
+
+def count_kernels(repetitions=7):
+    """Print the kernels, and the host's milliseconds, of FLUX.1-dev's 57 blocks made thin, with
+    LoRA: on an accelerator the host must start as many, whatever the width."""
+    torch.set_num_threads(1)
+    cfg = one_setting(1, 0, False, 64, 16)
+    for name, call in call_alone(random_policy(cfg, CPU, **THIN), cfg, CPU).items():
+        call()  # the masters' gradients are there
+        with Meter() as meter:
+            call()
+        seconds = []
+        for _ in range(repetitions):
+            begin = time.process_time()  # other work on the machine does not count
+            call()
+            seconds.append(time.process_time() - begin)
+        print(f"{name}: {meter.counted['kernels']} kernels, {1e3 * np.median(seconds):.0f} ms of "
+              "one CPU thread", flush=True)
+
+def measure_setting(cfg, device, vae, **shape):
+    """Seconds of a rollout, a decode and an update of one micro-batch of samples, those of a first
+    time that warms up and compiles, recompilations after it, GiB, and the update's statistics."""
+    module, graphs = torch.get_device_module(device), torch._dynamo.utils.counters["stats"]
+    if reward.is_accelerator(device):
+        module.reset_peak_memory_stats()
+    policy = random_policy(cfg, device, **shape)
+    runs = []
+    for step in range(2):
+        compiled = graphs["unique_graphs"]
+        keys = [(step, 0, i) for i in range(cfg.micro_batch)]
+        x, text = random_inputs(cfg, policy.transformer.config, device, keys)
+        rolled, trajectory = clock(
+            device, rollout, policy.predict, x, text, keys, cfg, cfg.eta)
+        decoded, _ = clock(
+            device, decode, vae, trajectory.x0, (cfg.height // 8, cfg.width // 8), len(keys))
+        updated, stats = clock(
+            device, grpo_flux.update, policy.predict, policy.optimizer, trajectory, text,
+            torch.ones(len(keys)), keys, cfg, first_ratio_limit=math.inf)
+        runs.append([rolled, decoded, updated])
+    peak = module.max_memory_allocated() / GIB if reward.is_accelerator(device) else math.nan
+    return runs[1], sum(runs[0]), graphs["unique_graphs"] - compiled, peak, stats
+
+# (micro-batch, share of checkpointed blocks, compiled), the most telling first
+SETTINGS = [(1, 0, False), (1, 0, True), (4, 1, False), (4, 1, True), (2, 0.5, False)]
+SETTINGS += [way for way in itertools.product((1, 2, 4), (0, 0.5, 1), (False, True))
+             if way not in SETTINGS]
+
+def measure_at_real_size(device, budget=math.inf, thin=False, settings=SETTINGS, **shape):
+    """Print what samples of FLUX.1-dev, with random weights and LoRA, cost in each setting."""
+    begin, real = time.monotonic(), grpo_flux.Config()
+    side, tokens = (64, 16) if thin else (real.height, real.text_length)
+    shape = (THIN if thin else {}) | shape
+    T, K = real.sampling_steps, grpo_flux.num_train_steps(real)
+    diffusers.logging.set_verbosity_error()
+    vae = random_vae(device, thin)
+    forward, both = count_flop(one_setting(1, 0, False, side, tokens), **shape)
+    flop = T * forward + K * both
+    print(f"{'thin ' * thin}FLUX.1-dev at {side}x{side}, bf16, LoRA 64, random weights; "
+          f"{reward.describe_device(device)}\nseconds and {flop / 1e12:.4g} TFLOP a sample, of {T} "
+          f"denoising steps, {K} trained; warm-up: of a quarter\nmicro share       rollout  decode "
+          "update     sum TFLOP/s    GiB  ratio-1 finite recompiled warm-up", flush=True)
+    for i, (n, share, compiled) in enumerate(settings):
+        if time.monotonic() - begin > budget:
+            print(f"{len(settings) - i} settings left out after {budget:.0f} s")
+            break
+        cfg = one_setting(n, share, compiled, side, tokens)
+        print(f"{n:5}{share:6} {'compiled' if compiled else 'eager':8}", end="", flush=True)
+        try:
+            seconds, first, recompiled, peak, stats = measure_setting(cfg, device, vae, **shape)
+        except Exception as error:  # out of memory, say; others may need less
+            print(f" {type(error).__name__}: {str(error)[:60]!r}", flush=True)
+        else:
+            scale = T / cfg.sampling_steps, 1, K / grpo_flux.num_train_steps(cfg)
+            parts = np.array(seconds) * scale / n
+            print(*[f"{x:7.3f}" for x in (*parts, parts.sum())],
+                  f"{flop / (parts[0] + parts[2]) / 1e12:7.3g}{peak:7.1f}",
+                  f"{stats['first_ratio_dev']:8.1e} {'no' if stats['skipped'] else 'yes':6}"
+                  f"{recompiled if compiled else '-':>10}{first:9.1f}", flush=True)
+        torch._dynamo.reset()
+        gc.collect()  # hooks and parameters refer to each other
+        if reward.is_accelerator(device):
+            torch.get_device_module(device).empty_cache()
+
+def count_at_real_size(lora_rank, kl_beta, world, n, device="cpu", shares=(1, 0.5, 0)):
     """Count, on one of `world` ranks, a rollout of two denoising steps and, for each share of
     checkpointed blocks, an update of one backward of n samples."""
     torch.set_num_threads(1)
     gc.freeze()  # else the collector walks through all that was imported, again and again
     warnings.simplefilter("ignore")
     diffusers.logging.set_verbosity_error()
-    library = torch.library.Library("aten", "IMPL", "AutocastCPU")
-    set_autocast(library, "cpu", "layer_norm rms_norm", torch.float32)  # as autocast on CUDA
     cfg = grpo_flux.Config(dtype="bf16", lora_rank=lora_rank, num_prompts=1, num_generations=2,
-                           batch_size=2, sampling_steps=2, micro_batch=n)
+                           batch_size=2, sampling_steps=2, micro_batch=n, kl_beta=kl_beta)
     keys, counted = [(0, 0, i) for i in range(n)], {}
     # what the host reads: 0.0 for loss, norm and ratio; AdamW's step 1; batch and window 0
     FakeTensor.tolist = lambda x: [0.0 if x.is_floating_point() else 0] * x.numel()
     FakeTensor.item = lambda x: 1.0 if x.is_floating_point() else 0
     grpo_flux.gather = lambda item: [item] * world
-    grpo_flux.load_transformer = lambda cfg, device: transformer.to_empty(device=device)
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel(guidance_embeds=True)
-        transformer.to(torch.bfloat16 if lora_rank else torch.float32)
-        grpo_flux.prepare_policy(transformer, cfg)
     if world > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
-        grpo_flux.shard(transformer, CPU, torch.bfloat16)
+    models = {}
+    for trained in (True, False):  # the policy, and the reference model of kl_beta
+        with torch.device("meta"):
+            model = grpo_flux.prepare_policy(
+                random_flux("meta").to(torch.bfloat16 if lora_rank else torch.float32), cfg)
+        if world > 1:
+            grpo_flux.shard(model, CPU, torch.bfloat16, keep_gathered=trained)
+        models[trained] = model
+    transformer = models[True]
+    grpo_flux.load_transformer = (
+        lambda cfg, device, trained=True: models[trained].to_empty(device=device))
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:  # refuses devices that mix
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(device="npu") by way of the CPU
         policy = grpo_flux.Policy(cfg, (90, 90), torch.device(device))
         assert sum(p.numel() for p in transformer.parameters()) >= 11_901_408_320
-        text = [torch.empty(n, *size, dtype=torch.bfloat16, device=device)
-                for size in ((512, 4096), (768,))]
-        x = grpo_flux.draw_latents(keys, (16, 90, 90), cfg).to(device)
+        x, text = random_inputs(cfg, transformer.config, device, keys)
         trajectory = rollout(policy.predict, x, text, keys, cfg, cfg.eta)
         counted["rollout"] = meter.restart()
         for share in ("warm up", *shares):
             for p in policy.parameters.values():  # as after an earlier backward
                 p.grad = torch.zeros_like(p)
-            if share == "warm up":  # AdamW makes its moments, and DTensor infers shapes, once
-                zeros = torch.zeros(4, device=device), torch.zeros((), device=device)
-                grpo_flux.optimizer_step(policy.optimizer, *zeros, cfg, 0)
+            if share == "warm up":  # DTensor infers shapes, once
+                sums = dict(ratio_max_dev=torch.zeros((), device=device))
+                grpo_flux.optimizer_step(policy.optimizer, sums, cfg.max_grad_norm)
                 continue
             transformer.disable_gradient_checkpointing()
             grpo_flux.prepare_policy(transformer, replace(
                 cfg, lora_rank=0, gradient_checkpointing=share))
-            policy.reshard()  # as it is after an optimizer step
+            grpo_flux.reshard(transformer)  # as it is after an optimizer step
             meter.restart()
             stats = grpo_flux.update(policy.predict, policy.optimizer, trajectory, text,
-                                     torch.ones(n), keys, cfg)
+                                     torch.ones(n), keys, cfg, policy.reference, useful=[True])
             assert stats["updates"] == 1
             counted[share] = meter.restart()
     return counted | {"seen": meter.seen}
 
 def benchmark_at_real_size():
     """Print FLOP, peak memory and collectives of FLUX.1-dev, from a process for each way."""
-    GIB, cfg, sizes = 2**30, grpo_flux.Config(), (1, 2, 4)
+    cfg, sizes = grpo_flux.Config(), (1, 2, 4)
     images, T = cfg.num_prompts * cfg.num_generations, cfg.sampling_steps
-    kinds, K = [(64, 1), (64, 8), (0, 8)], grpo_flux.num_train_steps(cfg)
-    ways = [(*kind, n) for n in sizes[::-1] for kind in kinds]
+    K = grpo_flux.num_train_steps(cfg)
+    kinds = {(64, 0.0, 1): (1, 0.5, 0), (64, 0.0, 8): (1, 0.5, 0), (0, 0.0, 8): (1, 0.5, 0),
+             (0, 0.1, 8): (1,)}  # shares of checkpointed blocks
+    ways = [(*kind, n, "cpu", shares) for n in sizes[::-1] for kind, shares in kinds.items()]
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
-        counted = dict(zip(ways, pool.starmap(count_at_real_size, ways, chunksize=1)))
+        results = pool.starmap(count_at_real_size, ways, chunksize=1)
+    counted = {way[:4]: result for way, result in zip(ways, results)}
     print(f"FLUX.1-dev at 720x720 in bf16, counted on torch {torch.__version__}: {T} forwards and "
-          f"{K} with a\nbackward for each of the {images} images of a GRPO step\nLoRA ranks share  "
-          "GiB of a rank, micro-batch 1, 2, 4; PFLOP, without attention; GiB reduce-scattered")
-    for rank, world in kinds:
-        runs = [counted[rank, world, n] for n in sizes]
-        for share in (1, 0.5, 0):
+          f"{K} with a\nbackward for each of the {images} images of a GRPO step\nLoRA  KL ranks "
+          "share  GiB of a rank, micro-batch 1, 2, 4; PFLOP, without attention; GiB "
+          "reduce-scattered")
+    for kind, shares in kinds.items():
+        runs = [counted[*kind, n] for n in sizes]
+        for share in shares:
             one, two = runs[0]["rollout"], runs[0][share]
             matmuls, attention = (images * 1e-15 * (one[key] / 2 * T + two[key] * K)
                                   for key in ("flop", "attention"))
             peaks = [max(r["rollout"]["peak"], r[share]["peak"]) / GIB for r in runs]
-            scattered = [r[share]["scatter_bytes"] * images / world * K / n / GIB
+            scattered = [r[share]["scatter_bytes"] * images / kind[2] * K / n / GIB
                          for r, n in zip(runs, sizes)]
-            print(f"{rank:4}{world:6}{share:7}", *(f"{x:8.1f}" for x in [
+            print("{:4}{:4}{:6}".format(*kind) + f"{share:7}", *(f"{x:8.1f}" for x in [
                 *peaks, matmuls + attention, matmuls, *scattered]))
     print(f"full, 8 ranks: {images // cfg.batch_size} times all-gathers of "
-          f"{counted[0, 8, 1]['rollout']['gather_bytes'] / GIB:.1f} GiB for a rank")
+          f"{counted[0, 0.0, 8, 1]['rollout']['gather_bytes'] / GIB:.1f} GiB for a rank")
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--npu"]:
@@ -2595,7 +2801,16 @@ if __name__ == "__main__":
         kill_often(*map(int, sys.argv[2:]))
     elif sys.argv[1:2] == ["--restarts"]:
         restart_often(*map(int, sys.argv[2:]))
-    elif sys.argv[1:] == ["--size", "flux-dev"]:
-        benchmark_at_real_size()
     else:
-        benchmark()
+        parser = argparse.ArgumentParser(description="Benchmarks; see the top of this file.")
+        parser.add_argument("--size", choices=["tiny", "flux-dev"], default="tiny")
+        parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing later")
+        parser.add_argument("--thin", action="store_true", help="measure 57 blocks of width 32")
+        args, device = parser.parse_args(), reward.select_device()
+        if args.size == "tiny":
+            benchmark()
+        elif args.thin or reward.is_accelerator(device):
+            measure_at_real_size(device, args.seconds, args.thin)
+        else:
+            count_kernels()
+            benchmark_at_real_size()
