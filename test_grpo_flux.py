@@ -114,9 +114,9 @@ def same_numbers():
     torch.manual_seed(0)
     grpo_flux.on_draw = None  # the tape of another test
 
-def sample(tiny, cfg, keys, prompt="a red circle"):
-    """The trajectory of some (step, prompt_index, sample), and its text."""
-    text, x = tiny.text([prompt] * len(keys)), grpo_flux.draw_latents(keys, SHAPE, cfg)
+def sample(tiny, cfg, keys):
+    """The trajectory of some (step, prompt_index, sample) on TWO prompts, and its text."""
+    text, x = tiny.text([TWO[p] for _, p, _ in keys]), grpo_flux.draw_latents(keys, SHAPE, cfg)
     return rollout(tiny.policy.predict, x, text, keys, cfg, cfg.eta), text
 
 def linear_policy(cfg, module=grpo_flux, step=0):
@@ -472,9 +472,9 @@ def test_gradient_of_every_term(sde, micro_batch, moved):
 @pytest.mark.parametrize("micro_batch", [1, 4, 12])
 @pytest.mark.parametrize("sde", SDES)
 def test_first_ratio_is_one(tiny, sde, micro_batch):
-    """Rollout and update that compute other bits."""
+    """Rollout and update that compute other bits, or take the text of other samples."""
     cfg = settings(sde=sde, micro_batch=micro_batch, sampling_steps=4, timestep_fraction=0.7)
-    keys, A = [(3, 0, i) for i in range(12)], torch.linspace(-1, 1, 12)
+    keys, A = [(3, i // 6, i) for i in range(12)], torch.linspace(-1, 1, 12)
     trajectory, text = sample(tiny, cfg, keys)
     optimizer = torch.optim.SGD(tiny.policy.transformer.parameters(), lr=0)  # others use it, too
     stats = grpo_flux.update(tiny.policy.predict, optimizer, trajectory, text, A, keys, cfg)
