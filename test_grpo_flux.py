@@ -740,7 +740,8 @@ def test_pictures_belong_to_their_prompts(tiny, tmp_path, monkeypatch, world, S)
         assert line["hps"] == pytest.approx(r.mean().item(), abs=1e-6)
         assert line["hps_std"] == pytest.approx(r.std(1).mean().item(), rel=1e-5)
     (tmp_path / "images").mkdir()
-    on(4 * world, lambda one: one.evaluate(0))
+    alone, *others = [on(n, lambda one: one.evaluate(0))[0] for n in (1, 4 * world)]
+    assert others == [pytest.approx(alone, abs=1e-5)]
     picture = np.asarray(Image.open(tmp_path / "images" / "step_00000.png"))[..., 0] / 255
     assert picture.shape == (3 * 98 + 2, 4 * 98 + 2)  # rows of four pictures, 96 pixels wide
     assert (picture[2::98, 2:-2:98] * 24).round().flatten().tolist() == [*range(12)]
