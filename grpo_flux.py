@@ -59,6 +59,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from filelock import FileLock
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -1466,7 +1467,7 @@ class Run:
         for folder in (self.out, self.out / "images", self.out / "checkpoints"):
             folder.mkdir(exist_ok=True)
             for leftover in [*folder.glob(".writing-*"), *folder.glob(".old-*")]:
-                remove(leftover)
+                remove_or_warn(leftover)
         remove(self.out / "before_after.png")
         kept = [line for line in read_metrics(self.out) if done and line["step"] <= done]
         with atomic_write(self.out / "metrics.jsonl") as path:
@@ -1537,10 +1538,15 @@ CURVES = {"held_out": "held-out reward", "accuracy": "right prompt, by HPS",
 def plot(path, lines, pictures={}, words=None):
     """Draw pictures {title: file} of evaluations and, beside them, the curves of the metrics.
     words: those of the pictures' rows and columns."""
-    with mock.patch.dict(os.environ, MPLBACKEND="agg"):  # a notebook's may be missing here
+    try:
         from matplotlib.figure import Figure
-        from matplotlib.image import imread
-    images = {title: imread(file) for title, file in pictures.items() if file.exists()}
+    except ValueError:  # MPLBACKEND names a notebook's backend, which is missing here
+        with mock.patch.dict(os.environ, MPLBACKEND="agg"):
+            from matplotlib.figure import Figure
+    images = {}
+    for title, file in pictures.items():
+        if file.exists():
+            images[title] = np.asarray(Image.open(file))
     height = 4.5
     for image in images.values():
         height = max(height, 4 * image.shape[0] / image.shape[1] + 0.5)
@@ -1986,7 +1992,8 @@ def train(run, info, checkpoint):
             if step % cfg.save_every == 0 or step == cfg.steps or stop:
                 policy.save(out / "checkpoints" / f"step_{step:05d}", run.rank)
                 if run.rank == 0:
-                    remove_old_checkpoints(out, cfg.keep_last)
+                    for folder in checkpoints(out)[:-cfg.keep_last]:
+                        remove_or_warn(folder)
             if stop:
                 sys.exit(130 if signal.SIGINT in received else 0)
 
@@ -2013,12 +2020,12 @@ def progress(line):
     names += ["ratio", "clip_frac", "grad_norm"]
     return " ".join(f"{name} {line[name]:.3g}" for name in names if name in line)
 
-def remove_old_checkpoints(out, keep_last):
-    for folder in checkpoints(out)[:-keep_last]:
-        try:
-            remove(folder)
-        except OSError as error:  # it is in use, say; the training goes on
-            print(printable(f"warning: an old checkpoint stays: {error}"), file=sys.stderr)
+def remove_or_warn(path):
+    """Remove a file or folder. If it cannot be removed, as it is in use, say, the run goes on."""
+    try:
+        remove(path)
+    except OSError as error:
+        print(printable(f"warning: {path} stays: {error}"), file=sys.stderr)
 
 def replay(cfg, prompts):
     """Replay a record and return whether it agrees. Nothing is written but embeddings of
