@@ -49,6 +49,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -248,8 +249,7 @@ def plan_step(step, cfg, rank=0, world=1):
     order = []
     for start in range(0, G, in_a_row):
         for p in range(P):
-            samples = range(start, start + in_a_row)
-            order += [(step, p, i) for i in samples]
+            order += [(step, p, i) for i in range(start, start + in_a_row)]
 
     share = S // world
     mine = []
@@ -403,8 +403,7 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg,
 
     # The rows of each optimizer step, in the order of plan_step.
     num_updates = cfg.num_prompts * cfg.num_generations // cfg.batch_size
-    all_rows = torch.arange(len(keys), device=device)
-    batches = all_rows.view(num_updates, -1)
+    batches = torch.arange(len(keys), device=device).view(num_updates, -1)
     if useful is None:
         nonzero = advantages.view(num_updates, -1) != 0
         useful = nonzero.any(dim=1).tolist()
@@ -526,8 +525,7 @@ def train_step(step, run):
     tape.note("logp", trajectory.logp[:, window.start:window.stop])
 
     # 4. Decode and score the images.
-    grid = run.shape[1:]
-    images = decode(run.vae, trajectory.x0, grid, cfg.micro_batch)
+    images = decode(run.vae, trajectory.x0, run.shape[1:], cfg.micro_batch)
     images = tape.note("images", images)  # a replay continues with the recorded ones
     scores = reward.score(run.rewards, images, prompts, f"step {step + 1}")  # {name: (B,)}
     tape.note("reward", *scores.values())
@@ -1538,11 +1536,12 @@ CURVES = {"held_out": "held-out reward", "accuracy": "right prompt, by HPS",
 def plot(path, lines, pictures={}, words=None):
     """Draw pictures {title: file} of evaluations and, beside them, the curves of the metrics.
     words: those of the pictures' rows and columns."""
-    try:
+    backend = os.environ.get("MPLBACKEND", "")
+    module = backend.removeprefix("module://").partition(".")[0]
+    if "://" in backend and not find_spec(module):
+        backend = "agg"  # a notebook's is missing here
+    with mock.patch.dict(os.environ, MPLBACKEND=backend):
         from matplotlib.figure import Figure
-    except ValueError:  # MPLBACKEND names a notebook's backend, which is missing here
-        with mock.patch.dict(os.environ, MPLBACKEND="agg"):
-            from matplotlib.figure import Figure
     images = {}
     for title, file in pictures.items():
         if file.exists():
