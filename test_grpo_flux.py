@@ -871,7 +871,7 @@ def test_blocks_are_gathered_once(tiny):
     try:
         policy = grpo_flux.Policy(tiny.cfg, SHAPE[1:], CPU)
         sharded = types.SimpleNamespace(policy=policy, text=tiny.text)
-        cfg, keys = replace(tiny.cfg, batch_size=6, micro_batch=6), [(0, 0, i) for i in range(12)]
+        cfg, keys = settings(batch_size=6, sampling_steps=3), [(0, 0, i) for i in range(12)]
         with torch.profiler.profile() as profile:
             trajectory, text = sample(sharded, cfg, keys)
             grpo_flux.update(policy.predict, policy.optimizer, trajectory, text,
