@@ -2247,7 +2247,8 @@ def checklist(folder):
     [argv] = [command.split()[4:] for command in first_run() if "torchrun" in command]
     two = with_npu("run_alone", *argv, cwd=folder, launcher=TORCHRUN)
     shutil.copytree(folder / "runs/two", folder / "two")  # before a later command goes on with it
-    with_npu("run_checklist", str(Path(load_run(folder).cfg.hps).parent), cwd=folder)
+    models = Path(grpo_flux.tiny_models(settings())["hps"]).parent
+    with_npu("run_checklist", str(models), cwd=folder)
     first, _, *rest = json.loads((folder / "output.json").read_text())
     return folder, [first, two.stdout, *rest]
 
