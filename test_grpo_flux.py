@@ -3,7 +3,7 @@ with a known solution, numbers by hand. Each docstring names the mistake that it
 
     python -m pytest -q test_grpo_flux.py   # on the CPU; the first run builds the tiny models
     python test_grpo_flux.py                # the benchmark, on the best device there is
-    python test_grpo_flux.py --size flux-dev  # what FLUX.1-dev costs, counted on any machine
+    python test_grpo_flux.py --size flux-dev  # FLUX.1-dev: measured on a device, else counted
 """
 
 import argparse
