@@ -4,7 +4,7 @@ and says what is asserted where that is not obvious.
 
     python -m pytest -q test_grpo_flux.py   # on the CPU; the first run builds the tiny models
     python test_grpo_flux.py                # the benchmark, on the best device there is
-    python test_grpo_flux.py --size flux-dev  # what FLUX.1-dev costs, counted on any machine
+    python test_grpo_flux.py --size flux-dev  # FLUX.1-dev: measured on a device, else counted
 """
 
 import argparse
@@ -2339,9 +2339,9 @@ def run_at_real_size():
     assert not {dtype for _, dtype in seen} & {torch.float64, torch.complex128}
     assert {k for k, names in seen.items() if names & {"mm", "addmm"}} == {("npu", torch.bfloat16)}
     on_cpu = set().union(*(names for (device, _), names in seen.items() if device == "cpu"))
-    assert on_cpu <= set(  # draws, positions and which batches count
-        "arange expand clone view permute _unsafe_view _to_copy zeros_like stack unbind slice "
-        "lift_fresh add_ ne any select ones".split()), on_cpu
+    assert on_cpu <= set(  # draws, positions and which steps are trained
+        "arange expand clone view permute _unsafe_view _to_copy zeros_like stack slice lift_fresh "
+        "ones add".split()), on_cpu
 
 def test_npu_at_real_size(tmp_path):
     """float64, a tensor on the CPU, a matmul in fp32 that only a large or deep FLUX would have."""
@@ -2732,6 +2732,7 @@ def count_at_real_size(lora_rank, kl_beta, world, n, device="cpu", shares=(1, 0.
     # what the host reads: 0.0 for loss, norm and ratio; AdamW's step 1; batch and window 0
     FakeTensor.tolist = lambda x: [0.0 if x.is_floating_point() else 0] * x.numel()
     FakeTensor.item = lambda x: 1.0 if x.is_floating_point() else 0
+    FakeTensor.pin_memory = lambda x: x  # torch has no such operator for fake tensors
     grpo_flux.gather = lambda item: [item] * world
     if world > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
