@@ -644,7 +644,7 @@ class Config:
     """Every field is a flag. Counts of a GRPO step are totals over all processes."""
     model: str = flag("tiny", "tiny, or a folder or hub name of FLUX.1 in diffusers format")
     prompts: str = flag("", "text file in UTF-8, one prompt per line; tiny has 24 of its own")
-    steps: int = flag(300, "GRPO steps: a rollout, its rewards, its update", 1,
+    steps: int = flag(300, "GRPO steps: a rollout, its rewards, its update", 1, 10**6,
                       resume="free")
     out: str = flag("", "folder for everything the run writes; else runs/<model>", resume="local")
     lora_rank: int = flag(0, "train LoRA adapters of this rank; 0: all weights", 0)
@@ -671,11 +671,11 @@ class Config:
     reward_fp32: bool = flag(False, "score in fp32 on an accelerator, not in fp16 autocast",
                              resume="free")
 
-    num_prompts: int = flag(8, "P, prompts of a GRPO step", 1)
-    num_generations: int = flag(12, "G, images of a prompt: a group", 2)
-    height: int = flag(720, "pixels, a multiple of 16", 16)
-    width: int = flag(720, "pixels, a multiple of 16", 16)
-    sampling_steps: int = flag(16, "T, denoising steps; the last is deterministic", 2)
+    num_prompts: int = flag(8, "P, prompts of a GRPO step", 1, 10**4)
+    num_generations: int = flag(12, "G, images of a prompt: a group", 2, 10**4)
+    height: int = flag(720, "pixels, a multiple of 16", 16, 8192)
+    width: int = flag(720, "pixels, a multiple of 16", 16, 8192)
+    sampling_steps: int = flag(16, "T, denoising steps; the last is deterministic", 2, 1000)
     micro_batch: int = flag(2, "largest batch of a transformer call; less saves memory", 1,
                             resume="free")
     guidance: float = flag(3.5, "guidance input of FLUX.1-dev; other models have none", 0)
@@ -1895,7 +1895,7 @@ def explain_flag(f):
     if f.name in TINY:
         notes.append(f"tiny {TINY[f.name]}")
     low, high = f.metadata["low"], f.metadata["high"]
-    if high is not None:
+    if high is not None and high <= 1000:
         notes.append(f"{low} to {high}")
     text = f.metadata["help"]
     if notes:
