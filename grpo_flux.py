@@ -1601,7 +1601,7 @@ def compare_runs(a, b):
     of the standard deviation within a group."""
     runs = []
     for folder in (a, b):
-        lines = [line for line in read_metrics(folder) if "zero_std_frac" in line]
+        lines = [line for line in read_metrics(folder) if "_std" in " ".join(line)]
         runs.append({line["step"]: line for line in lines})
     steps = sorted(runs[0].keys() & runs[1].keys())
     names = []

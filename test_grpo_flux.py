@@ -1074,8 +1074,7 @@ def test_compare_two_runs(tmp_path, capsys):
     """A mean over everything that hides ten bad steps; steps that only one run has."""
     for name, rewards in dict(a=[0.5] * 40, b=[0.5] * 10 + [0.52] * 20,
                               c=[0.5] * 10 + [0.53] * 10).items():
-        (tmp_path / name / "images").mkdir(parents=True)
-        Image.new("RGB", (60, 40)).save(tmp_path / name / "images" / "step_00000.png")
+        (tmp_path / name).mkdir()
         lines = [dict(step=0, held_out=0.5), *(dict(step=i, reward=r, reward_std=0.1, loss=1e-6)
                                                for i, r in enumerate(rewards, 1))]
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
@@ -1085,7 +1084,6 @@ def test_compare_two_runs(tmp_path, capsys):
         out = capsys.readouterr().out
         assert end.value.code == status and words in out
         assert out.endswith(f"compare {'OFF' if status else 'OK'}\n")
-        assert Image.open(tmp_path / other / "compare.png").size > (500, 500)
 
 def test_the_tiny_start_is_miscaptioned():
     """A start that listens already, or whose share of wrong captions is not what it says."""
@@ -1553,7 +1551,8 @@ def cases(text):
 # refused before a process group, a device or a model is touched
 EARLY = cases("""
     from 1 to             | --steps 0 | --steps 99999999999
-    from 0 to             | --seed -1 | --kl_beta nan | --ema_decay 1
+    from 0 to             | --seed -1 | --ema_decay 1
+    at least 0            | --kl_beta nan | --kl_beta inf
     must be from          | --eta 0 | --eta inf
     below                 | --sde_window 8
     invalid int           | --steps 1e3
@@ -1592,8 +1591,8 @@ EARLY = cases("""
     must have step_prompts | --replay few_tape | --replay null_tape
     two runs              | --compare run_run .
     must be new, empty    | --out pictures | --out lost_run | --out cut
-    whole checkpoint such as | --resume nowhere | --resume run_run | --out cut_run
-    whole checkpoint such as | --resume cut_run/checkpoints/step_00004
+    not a whole checkpoint | --resume nowhere | --resume run_run | --out cut_run
+    not a whole checkpoint | --resume cut_run/checkpoints/step_00004
     config.json is gone   | --resume lost_run/checkpoints/step_00003
     holds a run           | --resume none --out run_run
     has gone on to        | --resume run_run/checkpoints/step_00003 --out run_run
@@ -1982,7 +1981,7 @@ def test_files_of_the_user(tiny, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(shutil, "rmtree", lambda path, *args: (  # an immutable file, a busy disk
         BUSY() if Path(path).name == ".old-step_00001" else rmtree(path, *args)))
     main(flags)
-    assert re.search("warning: .* stays: busy", capfd.readouterr().err)
+    assert re.search("warning: .*step_0000. stays: ", capfd.readouterr().err)
     assert [path.read_text() for path in mine] == ["mine"] * 3
     assert {path.name for path in disk.iterdir()} == {"checkpoints", "export"}
     assert {path.name for path in (disk / "checkpoints").iterdir()} == {
@@ -2015,14 +2014,14 @@ def test_what_a_resumed_run_may_change(tiny, tmp_path):
     for f in fields(cfg):
         old = getattr(cfg, f.name)
         new = old + {str: "x", tuple: ("x",)}.get(f.type, 1)
-        words = {"same": f"--{f.name} {new}: must be {old or '(not given)'}, ",
+        words = {"same": f"--{f.name} {new}: must be {old or '(not given)'}",
                  "tuned": f"{f.name} {old} -> {new}", "free": "", "local": ""}[f.metadata["resume"]]
         assert check(f.name, new).startswith(words) and bool(check(f.name, new)) == bool(words)
     assert check("ema_decay", 0.0).startswith("--ema_decay 0.0: must be 0.9")
     assert check("model", str(shutil.move(model, tmp_path / "moved"))) == ""
     other = Path(shutil.copytree(tmp_path / "moved", model)) / "transformer" / WEIGHTS
     save_file({name: x + 1e-3 for name, x in load_file(other).items()}, other)
-    assert check().startswith(f"--model {model}: must be {model}, with the same content")
+    assert check().startswith(f"--model {model}: must be {model} with the same content")
     prompts.write_text("a blue circle")
     assert check("model", str(tmp_path / "moved")).startswith(f"--prompts {prompts}: must be")
 
@@ -2044,7 +2043,7 @@ def test_a_checkpoint_is_whole_or_refused(two_ranks, tmp_path):
 
 @pytest.mark.parametrize("first, rewards, words", [
     (1, "4e-3 -4e-3 0 0", "compare OK"), (1, "6e-3 6e-3 6e-3 6e-3", "compare OFF"),  # std is 0.1
-    (3, "0 0", "2 steps compared, 2 that only one"), (1, "0 NaN 0 0", "compare OFF"),
+    (3, "0 0", "2 steps compared; 2, which one"), (1, "0 NaN 0 0", "compare OFF"),
     (5, "0 0", "steps in common"), (1, "0 {", "b/metrics.jsonl, line 3")])
 def test_compare_needs_evidence(first, rewards, words, tmp_path, monkeypatch, capsys):
     """nan, or two runs without a common step, that agree; a mean of 0 that all is far from."""
@@ -2277,7 +2276,7 @@ ROTARY = ("from diffusers.models.transformers import transformer_flux as f; "
           "f.maybe_adjust_dtype_for_device")
 FAULTS = table(f"""
     torch.get_device_module(device).set_device | torch.cuda.set_device | cuda
-    run.shape, cfg), run.device) | run.shape, cfg), torch.device("cpu")) | of the cpu
+    send(x, run.device) | x | of the cpu
     dtype=x.dtype, device=x.device) | dtype=torch.float64, device=x.device) | float64
     numbers.astype(np.float32) | numbers | float64
     send(torch.stack(draws), x.device) | torch.stack(draws) | npu:0 and cpu
@@ -2418,10 +2417,9 @@ def test_readme_names_what_exists():
 
 def test_readme_commands_are_those_of_ci():
     """A first command that nobody has run since it was written."""
-    ran = (HERE / ".ci" / "run").read_text().replace(" --quiet", "")
-    first = re.sub("#.*", "", fenced("bash")[0]).replace("\n", "&&").split("&&")
-    commands = [line.strip() for line in first if line.strip() and "venv" not in line]
-    assert len(commands) >= 3 and all(line in ran for line in commands)
+    commands = re.findall("(?m)^[^#\n].*", fenced("bash")[0])
+    ran = (HERE / ".ci" / "run").read_text().splitlines()
+    assert len(commands) == 2 and ran[-2:] == commands
 
 def test_the_algorithm_can_be_copied():
     """A function of the algorithm that needs the run, its tape or the other processes."""
@@ -2455,8 +2453,7 @@ num_inference_steps=\d+ -> num_inference_steps=2
 45 \* 45, 64 -> 16, 16
 \b90\b -> 8
 sigma_schedule\(16 -> sigma_schedule(2
-\bT = 16\b -> T = 4
-\bsteps = 3\b -> steps = 2
+T, steps, world = 16, 3, 8 -> T, steps, world = 4, 2, 1
 \bnum_prompts=8\b -> num_prompts=1
 \bbatch_size=32\b -> batch_size=12
 \bmicro_batch=\d+ -> micro_batch=12"""
