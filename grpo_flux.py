@@ -97,7 +97,7 @@ def randperm(n, *key):
 
 def send(tensor, device):
     """Copy a CPU tensor to a device, through pinned memory, without waiting for the copy."""
-    if device.type == "cpu":
+    if device.type == tensor.device.type:
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
 
