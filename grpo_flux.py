@@ -1548,7 +1548,7 @@ def plot(path, lines, pictures={}, words=None):
             images[title] = np.asarray(Image.open(file))
     height = 4.5
     for image in images.values():
-        height = max(height, 4 * image.shape[0] / image.shape[1] + 0.5)
+        height = max(height, 4 * image.shape[0] / image.shape[1] + 1)
     figure = Figure((4.2 * len(images) + 5, height), layout="constrained", dpi=120)
     *panels, axes = figure.subplots(1, len(images) + 1, squeeze=False)[0]
 
