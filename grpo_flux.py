@@ -1050,13 +1050,12 @@ class LoraLinear(torch.nn.Module):
         self.enabled = True  # the reference model of kl_beta is the one without adapters
 
     def forward(self, x):
-        y = self.base_layer(x)
-        if not self.enabled:
-            return y
-        low = self.lora_A(x).flatten(0, -2)
-        low_rank_sum = torch.addmm(
-            y.flatten(0, -2), low, self.lora_B.weight.T, alpha=self.scale)
-        return low_rank_sum.view_as(y)
+        rows = x.flatten(0, -2)  # tokens of all samples
+        y = F.linear(rows, self.base_layer.weight, self.base_layer.bias)
+        if self.enabled:
+            low = F.linear(rows, self.lora_A.weight)
+            y = torch.addmm(y, low, self.lora_B.weight.T, alpha=self.scale)
+        return y.view(*x.shape[:-1], -1)
 
 def add_adapters(transformer, rank, alpha, seed):
     """Freeze a transformer and give adapters in fp32 to its LORA_TARGETS."""
