@@ -2090,7 +2090,8 @@ def start_run(cfg, prompts):
         gather(None)  # the folder of the record is there
         train(run, info, checkpoint)
     except Exception as error:
-        if there := checkpoints(out):
+        there = checkpoints(out)
+        if there and not isinstance(error, BadInput):  # bad input would end it again
             error.add_note(f"the same command continues from {there[-1]}")
         raise
     finally:
