@@ -1481,7 +1481,7 @@ class Run:
 
     def finish(self):
         """Draw the pictures of the first and last evaluation and the curves between them."""
-        remove(self.out / ".text")
+        remove_or_warn(self.out / ".text")
         images = self.out / "images"
         pictures = {"before": images / "step_00000.png",
                     f"after {self.cfg.steps} GRPO steps": images / f"step_{self.cfg.steps:05d}.png"}
@@ -1641,14 +1641,15 @@ def fingerprint(name):
     path = Path(name)
     if not name or name == "tiny" or not path.exists():
         return name
-    files = [path] if path.is_file() else sorted(path.rglob("[!.]*"))
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
     digest = hashlib.sha256()
     for file in files:
-        if not file.is_file() or "/." in str(file.relative_to(path)):
+        inside = file.relative_to(path)  # "." for a single file
+        hidden = any(part.startswith(".") for part in inside.parts)  # a download's .cache, say
+        if hidden or not file.is_file():
             continue
         size = file.stat().st_size
-        inside = file.relative_to(path).as_posix()  # "." for a single file
-        digest.update(f"{inside} {size}\n".encode())
+        digest.update(f"{inside.as_posix()} {size}\n".encode())
         with file.open("rb") as opened:
             opened.seek(max(0, size - 2**24))
             digest.update(opened.read())

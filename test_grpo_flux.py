@@ -2016,6 +2016,7 @@ def test_what_a_resumed_run_may_change(tiny, tmp_path):
                  "tuned": f"{f.name} {old} -> {new}", "free": "", "local": ""}[f.metadata["resume"]]
         assert check(f.name, new).startswith(words) and bool(check(f.name, new)) == bool(words)
     assert check("ema_decay", 0.0).startswith("--ema_decay 0.0: must be 0.9")
+    write(model / ".cache" / "huggingface" / "x.metadata", "a later download")
     assert check("model", str(shutil.move(model, tmp_path / "moved"))) == ""
     other = Path(shutil.copytree(tmp_path / "moved", model)) / "transformer" / WEIGHTS
     save_file({name: x + 1e-3 for name, x in load_file(other).items()}, other)
