@@ -1936,13 +1936,13 @@ def check_inputs(cfg, step_prompts, world):
 @contextmanager
 def stop_signals():
     """List the signals that ask the run to stop: it ends its step and saves. A second one
-    ends it at once."""
+    kills, even while the process waits in a collective."""
     received, before = [], {}
 
     def note(number, _):
-        if received:
-            raise KeyboardInterrupt
         received.append(number)
+        for known in before:
+            signal.signal(known, signal.SIG_DFL)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         number = getattr(signal, name)
@@ -1952,7 +1952,7 @@ def stop_signals():
         yield received
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not installed by Python
 
 def train(run, info, checkpoint):
     """Train from the checkpoint, or from the start, to the last step; save, evaluate and
@@ -2065,16 +2065,17 @@ def start_run(cfg, prompts):
     """Begin or continue the run in --out, and train."""
     out = Path(cfg.out or f"runs/{os.path.basename(os.path.abspath(cfg.model))}")
     checkpoint = find_checkpoint(cfg, out)
+    changes = ""
     if checkpoint:
         changes = check_same_experiment(cfg, checkpoint)
         if (out / "before_after.png").exists() and step_of(checkpoint) == cfg.steps:
             print(f"the run in {out} has finished its {cfg.steps} steps; raise --steps to continue "
                   "it, or give another --out")
             return
-        if changes:
-            print(f"changed since step {step_of(checkpoint)}: {changes}")
 
     device, rank, world = start_processes(cfg)
+    if changes and rank == 0:
+        print(f"changed since step {step_of(checkpoint)}: {changes}")
     lock = FileLock(out / "lock", timeout=0)
     if rank == 0:
         with bad_input_if_fails(f"--out {out}: must be a folder that can be written to, and that "
