@@ -43,15 +43,13 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
-from unittest import mock
 
 import diffusers
 import numpy as np
@@ -628,15 +626,9 @@ def decode(vae, x0, grid, micro_batch):
 
 # ---------------------------------------------------------------------------------- config
 
-def flag(default, help, low=None, high=None, choices=(), resume="same"):
-    """A field of Config. Its metadata makes --help, checks the value, and says what a run
-    that is resumed, or a replay, may give differently.
-
-    resume: "same", it decides what is sampled, scored and logged, and must be that of the run;
-    "tuned", it tunes the update, and a change is printed; "free", where and how to compute;
-    "local", like free, and a replay does not take it from its record.
-    """
-    metadata = dict(help=help, low=low, high=high, choices=choices, resume=resume)
+def flag(default, help, low=None, high=None, choices=()):
+    """A field of Config, with what --help says of it and what values are allowed."""
+    metadata = dict(help=help, low=low, high=high, choices=choices)
     return field(default=default, metadata=metadata)
 
 @dataclass
@@ -644,20 +636,18 @@ class Config:
     """Every field is a flag. Counts of a GRPO step are totals over all processes."""
     model: str = flag("tiny", "tiny, or a folder or hub name of FLUX.1 in diffusers format")
     prompts: str = flag("", "text file in UTF-8, one prompt per line; tiny has 24 of its own")
-    steps: int = flag(300, "GRPO steps: a rollout, its rewards, its update", 1, 10**6,
-                      resume="free")
-    out: str = flag("", "folder for everything the run writes; else runs/<model>", resume="local")
+    steps: int = flag(300, "GRPO steps: a rollout, its rewards, its update", 1)
+    out: str = flag("", "folder for everything the run writes; else runs/<model>")
     lora_rank: int = flag(0, "train LoRA adapters of this rank; 0: all weights", 0)
     lora_alpha: float = flag(128.0, "adapters are scaled by lora_alpha / lora_rank", 1e-3)
-    device: str = flag("auto", "auto takes an accelerator, if there is one", resume="local",
+    device: str = flag("auto", "auto takes an accelerator, if there is one",
                        choices=reward.DEVICES)
-    dtype: str = flag("auto", "auto: bf16 on an accelerator, fp32 on a CPU", resume="free",
+    dtype: str = flag("auto", "auto: bf16 on an accelerator, fp32 on a CPU",
                       choices=("auto", "fp32", "bf16"))
-    compile: bool = flag(False, "compile the blocks: slow at the start, then faster",
-                         resume="free")
-    gradient_checkpointing: float = flag(1.0, "share of blocks that recompute activations: less "
-                                         "memory, slower", 0, 1, resume="free")
-    attention: str = flag("native", "diffusers' name of an attention backend", resume="free")
+    compile: bool = flag(False, "compile the blocks: slow at the start, then faster")
+    gradient_checkpointing: float = flag(
+        1.0, "share of blocks that recompute activations: less memory, slower", 0, 1)
+    attention: str = flag("native", "diffusers' name of an attention backend")
     seed: int = flag(0, "random seed of noise, prompt order, trained steps and adapters",
                      0, 2**32 - 1)
 
@@ -668,59 +658,45 @@ class Config:
     clip: str = flag("", "file, or owner/name/file of the hub, with weights for the reward clip")
     clip_arch: str = flag("ViT-H-14", "open_clip's name of its architecture, or a .json file")
     pickscore: str = flag("yuvalkirstain/PickScore_v1", "folder or hub name of PickScore")
-    reward_fp32: bool = flag(False, "score in fp32 on an accelerator, not in fp16 autocast",
-                             resume="free")
+    reward_fp32: bool = flag(False, "score in fp32 on an accelerator, not in fp16 autocast")
 
-    num_prompts: int = flag(8, "P, prompts of a GRPO step", 1, 10**4)
-    num_generations: int = flag(12, "G, images of a prompt: a group", 2, 10**4)
-    height: int = flag(720, "pixels, a multiple of 16", 16, 8192)
-    width: int = flag(720, "pixels, a multiple of 16", 16, 8192)
-    sampling_steps: int = flag(16, "T, denoising steps; the last is deterministic", 2, 1000)
-    micro_batch: int = flag(2, "largest batch of a transformer call; less saves memory", 1,
-                            resume="free")
+    num_prompts: int = flag(8, "P, prompts of a GRPO step", 1)
+    num_generations: int = flag(12, "G, images of a prompt: a group", 2)
+    height: int = flag(720, "pixels, a multiple of 16", 16)
+    width: int = flag(720, "pixels, a multiple of 16", 16)
+    sampling_steps: int = flag(16, "T, denoising steps; the last is deterministic", 2)
+    micro_batch: int = flag(2, "largest batch of a transformer call; less saves memory", 1)
     guidance: float = flag(3.5, "guidance input of FLUX.1-dev; other models have none", 0)
-    eta: float = flag(0.3, "noise level: more explores more, and blurs more", 1e-6, 10)
+    eta: float = flag(0.3, "noise level: more explores more, and blurs more", 1e-6)
     sde: str = flag("dance", "formula of the SDE step", choices=("dance", "flow", "cps"))
     sde_window: int = flag(0, "denoising steps in a row that are SDE steps; 0: all", 0)
-    window_shift_every: int = flag(0, "GRPO steps until it moves by one; 0: it is random",
-                                   0, 10**9)
+    window_shift_every: int = flag(0, "GRPO steps until it moves by one; 0: it is random", 0)
     shift: float = flag(3.0, "schedule: above 1 takes more steps at high noise", 1e-3)
     init_same_noise: bool = flag(True, "a group starts from one noise; only the SDE varies it")
     text_length: int = flag(512, "T5 tokens of a prompt; FLUX.1-schnell: at most 256", 1, 512)
 
-    learning_rate: float = flag(1e-5, "AdamW's", 1e-12, 1, resume="tuned")
+    learning_rate: float = flag(1e-5, "AdamW's", 1e-12, 1)
     batch_size: int = flag(32, "S, images of an optimizer step", 1)
-    clip_range: float = flag(1e-4, "clip range of the ratio; small, as logp is a mean",
-                             1e-9, 1, resume="tuned")
-    timestep_fraction: float = flag(0.0, "share of the SDE steps that an image trains on, at "
-                                    "random; 0: all with sde_window or below 8, else 0.6",
-                                    0, 1, resume="tuned")
-    kl_beta: float = flag(0.0, "weight of the KL divergence from the initial policy", 0,
-                          resume="tuned")
+    clip_range: float = flag(1e-4, "clip range of the ratio; small, as logp is a mean", 1e-9, 1)
+    timestep_fraction: float = flag(
+        0.0, "share of the SDE steps that an image trains on, at random; 0: all with sde_window "
+        "or below 8, else 0.6", 0, 1)
+    kl_beta: float = flag(0.0, "weight of the KL divergence from the initial policy", 0)
     ema_decay: float = flag(0.0, "decay of the moving average of the weights, which is evaluated "
-                            "and exported; 0: none", 0, 0.99999, resume="tuned")
-    weight_decay: float = flag(1e-4, "AdamW's", 0, 1, resume="tuned")
-    max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm",
-                                1e-9, 1e9, resume="tuned")
-    adv_clip_max: float = flag(5.0, "advantages are clipped to +- this", 1e-3,
-                               resume="tuned")
+                            "and exported; 0: none", 0, 0.99999)
+    weight_decay: float = flag(1e-4, "AdamW's", 0, 1)
+    max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm", 1e-9)
+    adv_clip_max: float = flag(5.0, "advantages are clipped to +- this", 1e-3)
 
-    save_every: int = flag(20, "GRPO steps between checkpoints", 1, resume="free")
-    keep_last: int = flag(2, "checkpoints that are kept", 1, resume="free")
-    resume: str = flag("auto", "auto: from the last checkpoint in --out; none; or a checkpoint",
-                       resume="local")
-    eval_every: int = flag(20, "GRPO steps between evaluations", 1, resume="free")
-    eval_images: int = flag(16, "ODE samples of an evaluation, from the same noise each time",
-                            1, 10**5)
+    save_every: int = flag(20, "GRPO steps between checkpoints", 1)
+    keep_last: int = flag(2, "checkpoints that are kept", 1)
+    resume: str = flag("auto", "auto: from the last checkpoint in --out; none; or a checkpoint")
+    eval_every: int = flag(20, "GRPO steps between evaluations", 1)
+    eval_images: int = flag(16, "ODE samples of an evaluation, from the same noise each time", 1)
 
-    record: str = flag("", "new folder for every random draw and every stage's results",
-                       resume="local")
-    replay: str = flag("", "such a folder: take its settings and draws, compare every stage",
-                       resume="local")
-    compare: tuple = flag((), "folders of two runs: compare them, and do nothing else",
-                          resume="local")
-    deterministic: bool = flag(False, "deterministic kernels: equal runs give equal bits; slower",
-                               resume="local")
+    record: str = flag("", "new folder for every random draw and every stage's results")
+    replay: str = flag("", "such a folder: take its settings and draws, compare every stage")
+    deterministic: bool = flag(False, "deterministic kernels: equal runs give equal bits; slower")
 
     def __post_init__(self):
         for f in fields(self):
@@ -746,13 +722,19 @@ class Config:
             value = os.path.expanduser(value)
             setattr(self, f.name, value)
         given = f"--{f.name} {value}"
-        if self.replay:
-            given += f" (with --replay {self.replay})"
         low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
         if low is not None:
             limits = f"at least {low}" if high is None else f"from {low} to {high}"
             require(low <= value <= (high or sys.float_info.max), f"{given}: must be {limits}")
         require(not choices or value in choices, f"{given}: must be one of {' '.join(choices)}")
+
+# A run that is resumed may have other values of these flags. All others decide what is sampled,
+# scored and logged, and must be those of the run.
+TUNED = ("learning_rate clip_range timestep_fraction kl_beta ema_decay weight_decay max_grad_norm "
+         "adv_clip_max").split()  # of the update: a change is printed
+FREE = ("steps dtype compile gradient_checkpointing attention reward_fp32 micro_batch save_every "
+        "keep_last eval_every").split()  # where and how to compute
+LOCAL = "out device resume record replay deterministic".split()  # a replay takes its own, too
 
 # The groups of --help, each with the first of its flags.
 FLAG_GROUPS = {"model": "model and device", "reward": "reward", "num_prompts": "rollout",
@@ -780,7 +762,6 @@ TOLERANCES = dict(
 
 # What a draw is called on the tape: by its key, so that any number of processes finds it.
 DRAWS = {LATENTS: "initial_noise", NOISE: "noise", TRAIN_STEPS: "train_steps", WINDOW: "window"}
-TAPE_NAMES = re.compile(rf"({'|'.join(DRAWS.values())})(_\d+)+|({'|'.join(TOLERANCES)})\.\d+")
 BY_SAMPLE = ("text.", "latents.", "logp.", "images.", "reward.", "advantages.")  # a row for each
 
 class Tape:
@@ -802,54 +783,45 @@ class Tape:
         global on_draw
         self.cfg, self.rank, self.world = cfg, rank, world
         self.active = bool(cfg.record or cfg.replay)
-        self.results = None  # draws and results of a GRPO step, while it is open
         self.errors = []  # (step, place of the stage, rank, count, error)
         on_draw = self.draw if self.active else None
 
     def open(self, step):
-        """Begin a GRPO step."""
-        if self.active:
-            self.step, self.results, self.recorded = step, {}, {}
-            self.keys = plan_step(step, self.cfg, self.rank, self.world)
+        """Begin a GRPO step with no results, and for a replay with those recorded."""
+        self.step, self.results, self.recorded = step, {}, {}
         if self.cfg.replay:
-            self.read(tape_files(self.cfg.replay, step))
+            self.read()
 
-    def read(self, paths):
+    def read(self):
         """Read what the processes of the record have written about this one's samples."""
-        same = len(paths) == self.world
-        rows = {}  # {result: {sample: its row}}
-        for rank, path in enumerate(paths):
-            if same and rank != self.rank:
-                continue
+        count = len(list(Path(self.cfg.replay).glob(f"step_{self.step + 1:05d}_rank_*")))
+        require(count, f"--replay {self.cfg.replay}: must have files of GRPO step {self.step + 1}")
+        same = count == self.world
+        rows = defaultdict(dict)  # {result: {sample: its row}}
+        for rank in [self.rank] if same else range(count):
+            path = tape_file(self.cfg.replay, self.step, rank)
+            keys = plan_step(self.step, self.cfg, rank, count)
             with bad_input_if_fails(f"--replay {path}: must be a whole file of --record"):
-                recorded = load_file(path)
-            self.recorded |= recorded
-            keys = plan_step(self.step, self.cfg, rank, len(paths))
-            for name, value in recorded.items():
-                require(TAPE_NAMES.fullmatch(name), f"--replay {path}: nothing reads {name}")
-                if name.startswith(BY_SAMPLE):
-                    self.require_shape(name, value, (len(keys), *value.shape[1:]))
-                    rows.setdefault(name, {}).update(zip(keys, value))
+                for name, value in load_file(path).items():
+                    if name.startswith(BY_SAMPLE):
+                        rows[name].update(zip(keys, value, strict=True))
+                    elif same or not name.startswith("velocity"):
+                        self.recorded[name] = value
+        mine = plan_step(self.step, self.cfg, self.rank, self.world)
         for name, row in rows.items():
-            self.recorded[name] = torch.stack([row[key] for key in self.keys])
-        if not same:
-            self.recorded = {name: value for name, value in self.recorded.items()
-                             if not name.startswith("velocity")}
-
-    def require_shape(self, name, value, shape):
-        require(tuple(value.shape) == tuple(shape), f"--replay {self.cfg.replay}: {name} "
-                f"{tuple(value.shape)}: must be {tuple(shape)}")
+            self.recorded[name] = torch.stack([row[key] for key in mine])
 
     def draw(self, draw, key):
         """Return a random draw: as it is, or the recorded one in its place."""
         _, purpose, step, *rest = key
-        if self.results is None or purpose not in DRAWS:
+        if purpose not in DRAWS:
             return draw
         name = "_".join(map(str, [DRAWS[purpose], step + 1, *rest]))
         if self.cfg.replay:
-            require(name in self.recorded, f"--replay {self.cfg.replay}: {name} is missing")
-            self.require_shape(name, self.recorded[name], draw.shape)
-            draw = self.recorded[name].to(draw.dtype)
+            recorded = self.recorded.get(name)
+            require(recorded is not None and recorded.shape == draw.shape,
+                    f"--replay {self.cfg.replay}: must hold {name}, of shape {tuple(draw.shape)}")
+            draw = recorded.to(draw.dtype)
         self.results[name] = draw
         return draw
 
@@ -882,27 +854,26 @@ class Tape:
             self.note("loss", sum(losses) / len(losses))
             self.note("grad_norm", stats["grad_norm"])
         if self.cfg.record:
-            path = Path(self.cfg.record, f"step_{self.step + 1:05d}_rank_{self.rank}.safetensors")
-            with atomic_write(path) as work:
+            with atomic_write(tape_file(self.cfg.record, self.step, self.rank)) as work:
                 save_file(self.results, work)
         for name, recorded in self.recorded.items():
             self.compare(name, recorded)
-        self.results = None
 
     def compare(self, name, recorded):
         """Note the error of a result."""
         stage, _, number = name.partition(".")
-        if not number or stage in ("loss", "grad_norm") and number != "0":
-            return  # a draw; or AdamW has amplified by now which ratios are clipped
-        measure = math.nan  # of what was not computed
-        if name in self.results:
-            self.require_shape(name, recorded, self.results[name].shape)
-            error = (self.results[name] - recorded).abs()
-            scale = recorded.abs().mean().clamp(min=1e-30)
-            relative = TOLERANCES[stage][0] == "relative"
-            measure = (error.mean() / scale if relative else error.mean()).item()
+        if stage not in TOLERANCES:
+            return  # a draw
+        if stage in ("loss", "grad_norm") and number != "0":
+            return  # AdamW has amplified by now which ratios are clipped
+        result = self.results.get(name)
+        error = math.inf  # of what was not computed, or is not finite
+        if result is not None and result.shape == recorded.shape:
+            error = (result - recorded).abs().mean().nan_to_num(math.inf).item()
+            if TOLERANCES[stage][0] == "relative":
+                error /= max(recorded.abs().mean().item(), 1e-30)
         place = list(TOLERANCES).index(stage)
-        self.errors.append((self.step, place, self.rank, recorded.numel(), measure))
+        self.errors.append((self.step, place, self.rank, recorded.numel(), error))
 
     def verdict(self):
         """Print the table of a replay over all processes; return whether all stages are OK."""
@@ -912,7 +883,7 @@ class Tape:
         for place, (stage, (measure, fp32, bf16)) in enumerate(TOLERANCES.items()):
             limit = bf16 if self.cfg.dtype == "bf16" else fp32
             rows = [row for row in errors if row[1] == place]
-            wrong = [row for row in rows if math.isnan(row[-1]) or row[-1] > limit]
+            wrong = [row for row in rows if row[-1] > limit]
             off += wrong
             word = "OFF" if wrong else "OK" if rows else "not compared"
             count = sum(row[3] for row in rows)
@@ -922,47 +893,23 @@ class Tape:
             step, place, rank, *_ = min(off)
             lines.append(f"first OFF: step {step + 1}, rank {rank}, stage "
                          f"{list(TOLERANCES)[place]}; later stages inherit its error")
+        ok = bool(errors) and not off  # no results to compare with are no evidence
         if self.rank == 0:
-            print(*lines, f"replay {'OFF' if off else 'OK'}", sep="\n")
-        return not off
+            print(*lines, f"replay {'OK' if ok else 'OFF'}", sep="\n")
+        return ok
 
-def tape_files(folder, step):
-    """Return the files of a recorded GRPO step, in the order of its processes."""
-    files = []
-    for rank in itertools.count():
-        path = Path(folder, f"step_{step + 1:05d}_rank_{rank}.safetensors")
-        if not path.exists():
-            return files
-        files.append(path)
+def tape_file(folder, step, rank):
+    return Path(folder, f"step_{step + 1:05d}_rank_{rank}.safetensors")
 
 def read_record(folder):
     """Return a record's settings, and the prompts of its GRPO steps."""
-    types = {f.name: f.type for f in fields(Config)}
     with bad_input_if_fails(f"--replay {folder}: must be a folder of --record, or like one"):
         info = json.loads((Path(folder) / "config.json").read_text())
-        step_prompts = info.pop("step_prompts", None) or []
-        unknown = sorted(info.keys() - types.keys() - NOT_FLAGS)
-        require(not unknown, f"nothing reads {' '.join(unknown)}")
         settings = {}
         for f in fields(Config):
-            if f.name in info and f.metadata["resume"] != "local":
+            if f.name in info and f.name not in LOCAL:
                 settings[f.name] = f.type(info[f.name])
-    return settings, step_prompts
-
-def check_record(cfg, step_prompts):
-    """Refuse a record that cannot be replayed."""
-    files = [tape_files(cfg.replay, step) for step in range(cfg.steps)]
-    world, P = len(files[0]), cfg.num_prompts
-    require(world and {len(paths) for paths in files} == {world} and cfg.batch_size % world == 0,
-            f"--replay {cfg.replay}: must have the files of all processes for each of --steps "
-            f"{cfg.steps}, and their number must divide batch_size {cfg.batch_size}")
-    require([len(prompts) for prompts in step_prompts[:cfg.steps]] == [P] * cfg.steps,
-            f"--replay {cfg.replay}: its config.json must have step_prompts, {P} prompts for each "
-            f"of {cfg.steps} steps")
-    with bad_input_if_fails(f"--replay {files[0][0]}: must be a whole file of --record"):
-        names = safe_open(files[0][0], "pt").keys()
-    require(any(name.startswith(BY_SAMPLE) for name in names),
-            f"--replay {cfg.replay}: has no results to compare with")
+        return settings, info["step_prompts"]
 
 # ------------------------------------------------------------------------------- processes
 
@@ -1167,6 +1114,7 @@ def one_graph(predict, size):
 @contextmanager
 def dcp_errors():
     """Raise the first error that DCP has wrapped into CheckpointException, a BaseException."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may be
     try:
         yield
     except dcp.CheckpointException as error:  # its failures: {rank: (exception, traceback)}
@@ -1279,7 +1227,6 @@ class Policy:
     def save(self, folder, rank):
         """Write a checkpoint atomically, as safetensors: torch's own pickles can run code. Its
         manifest, written last, has the names and sizes of all files."""
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may be
         tensors = {name: x.detach().cpu() for name, x in self.state().items()}
         with atomic_write(folder, rank) as work, dcp_errors():
             writer = dcp.HuggingFaceStorageWriter(work, save_distributed=True)
@@ -1364,12 +1311,12 @@ class Run:
         """Embed the prompts of the run, once, by its first process: {prompt: file in
         out/.text}."""
         diffusers.logging.set_verbosity_error()  # else it prints what it cuts, whatever that holds
-        files, folder = {}, self.out / ".text"
-        for prompt in itertools.chain(self.eval_prompts, *self.step_prompts[:cfg.steps]):
-            if prompt not in files:
-                about = f"{cfg.model} {cfg.text_length} {cfg.dtype} {prompt}"
-                name = hashlib.sha256(about.encode()).hexdigest()[:32]
-                files[prompt] = folder / f"{name}.safetensors"
+        folder = self.out / ".text"
+        files = {}
+        for prompt in {*self.eval_prompts, *itertools.chain(*self.step_prompts[:cfg.steps])}:
+            about = f"{cfg.model} {cfg.text_length} {cfg.dtype} {prompt}"
+            name = hashlib.sha256(about.encode()).hexdigest()[:32]
+            files[prompt] = folder / f"{name}.safetensors"
         missing = [prompt for prompt, file in files.items() if not file.exists()]
         if self.rank == 0 and missing:
             folder.mkdir(exist_ok=True)
@@ -1379,9 +1326,10 @@ class Run:
             check_tokenizer(pipe.tokenizer, pipe.text_encoder)
             check_tokenizer(pipe.tokenizer_2, pipe.text_encoder_2)
             lengths = map(len, pipe.tokenizer_2(missing, truncation=False).input_ids)
-            if long := sum(length > cfg.text_length for length in lengths):
+            long = sum(length > cfg.text_length for length in lengths)
+            if long:
                 print(f"{long} of {len(missing)} prompts are cut to {cfg.text_length} tokens")
-            for prompt in tqdm(missing, desc="text embeddings", disable=len(missing) < 100):
+            for prompt in tqdm(missing, "text embeddings"):
                 embeds, pooled, _ = pipe.encode_prompt(  # alone: none depends on its neighbours
                     prompt, None, max_sequence_length=cfg.text_length)
                 with atomic_write(files[prompt]) as path:
@@ -1430,17 +1378,10 @@ class Run:
             values |= reward.judge_tiny(images, prompts, self.rewards)
         shown = torch.cat(gather(images[:24].cpu()))[:min(24, count)]
         if self.rank == 0:
-            self.save_images(shown, step)
+            with atomic_write(self.out / "images" / f"step_{step:05d}.png") as path:
+                save_image(shown, path, nrow=4, padding=1, pad_value=1, format="png")
         return {name: round(torch.cat(gather(value))[:count].mean().item(), 6)
                 for name, value in values.items()}
-
-    def save_images(self, images, step):
-        """Write images in rows of four, each 96 to 360 pixels wide."""
-        width = images.shape[-1]
-        scale = min(max(width, 96), 360) / width
-        images = F.interpolate(images, scale_factor=scale, mode="nearest-exact")
-        with atomic_write(self.out / "images" / f"step_{step:05d}.png") as path:
-            save_image(images, path, nrow=4, format="png")
 
     def metrics(self, step, scores, advantages, stats):
         """Return the line of metrics.jsonl: means over all processes; the largest of
@@ -1465,52 +1406,40 @@ class Run:
             folder.mkdir(exist_ok=True)
             for leftover in [*folder.glob(".writing-*"), *folder.glob(".old-*")]:
                 remove_or_warn(leftover)
-        remove(self.out / "before_after.png")
         kept = [line for line in read_metrics(self.out) if done and line["step"] <= done]
         with atomic_write(self.out / "metrics.jsonl") as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, line):
-        """Append a line to metrics.jsonl; after an evaluation draw the curves."""
+        """Append a line to metrics.jsonl; after an evaluation draw its picture and the curves."""
         if self.rank:
             return
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         if any("held_out" in name for name in line):
-            plot(self.out / "reward.png", read_metrics(self.out))
-
-    def finish(self):
-        """Draw the pictures of the first and last evaluation and the curves between them."""
-        remove_or_warn(self.out / ".text")
-        images = self.out / "images"
-        pictures = {"before": images / "step_00000.png",
-                    f"after {self.cfg.steps} GRPO steps": images / f"step_{self.cfg.steps:05d}.png"}
-        words = None
-        if self.eval_prompts == reward.TINY_PROMPTS and self.cfg.eval_images >= 24:
-            words = list(reward.COLORS), list(reward.SHAPES)
-        plot(self.out / "before_after.png", read_metrics(self.out), pictures, words)
-        print(f"look at {self.out}/before_after.png; for diffusers: {self.out}/export")
+            words = None
+            if self.eval_prompts == reward.TINY_PROMPTS and self.cfg.eval_images >= 24:
+                words = list(reward.COLORS), list(reward.SHAPES)
+            plot(self.out, line["step"], words)
 
 def explain_gradient(step, history, taken):
     """Return the line about a GRPO step in which no optimizer step had a finite gradient,
     after so many that were taken before."""
-    loss = "finite"
-    if not all(math.isfinite(stats["loss"]) for stats in history):
-        loss = "not finite"
-    causes = ["the attention kernel (try --attention _native_math)",
-              "the precision (try --dtype fp32)"]
+    losses = [stats["loss"] for stats in history]
+    loss = "finite" if np.isfinite(losses).all() else "not finite"
+    causes = ("the attention kernel (try --attention _native_math), the precision (try "
+              "--dtype fp32)")
     if taken:
-        causes.append("weights that have diverged (try a lower --learning_rate)")
+        causes += ", weights that have diverged (try a lower --learning_rate)"
     return (f"the gradient was not finite in any of the {len(history)} optimizer steps of GRPO "
             f"step {step + 1}, after {taken} earlier ones; the loss, and so the forward, was {loss}"
-            f". Likely causes, in this order: {', '.join(causes)}")
+            f". Likely causes, in this order: {causes}")
 
 def equal_micro_batch(cfg, world):
     """Return the largest number up to --micro_batch that divides a process's part of S:
     rollout and update then use the same one in every call."""
     part = cfg.batch_size // world
-    fitting = [n for n in range(1, min(part, cfg.micro_batch) + 1) if part % n == 0]
-    return fitting[-1]
+    return max(n for n in range(1, cfg.micro_batch + 1) if part % n == 0)
 
 def model_errors(model):
     """Turn errors of loading a model into one line about --model."""
@@ -1532,28 +1461,25 @@ CURVES = {"held_out": "held-out reward", "accuracy": "right prompt, by HPS",
           "right_colour": "right colour, by the judge", "right_shape": "right shape, by the judge",
           "right_both": "both, by the judge"}
 
-def plot(path, lines, pictures={}, words=None):
-    """Draw pictures {title: file} of evaluations and, beside them, the curves of the metrics.
-    words: those of the pictures' rows and columns."""
-    backend = os.environ.get("MPLBACKEND", "")
-    module = backend.removeprefix("module://").partition(".")[0]
-    if "://" in backend and not find_spec(module):
-        backend = "agg"  # a notebook's is missing here
-    with mock.patch.dict(os.environ, MPLBACKEND=backend):
-        from matplotlib.figure import Figure
+def plot(out, step, words=None):
+    """Draw before_after.png: the pictures of the first evaluation and of this one, and the
+    curves of the metrics. words: those of the pictures' rows and columns."""
+    from matplotlib.figure import Figure  # takes a second
     images = {}
-    for title, file in pictures.items():
+    numbers = {"before": 0}
+    if step:
+        numbers[f"after {step} GRPO steps"] = step
+    for title, number in numbers.items():
+        file = out / "images" / f"step_{number:05d}.png"
         if file.exists():
             images[title] = np.asarray(Image.open(file))
-    height = 4.5
-    for image in images.values():
-        height = max(height, 4 * image.shape[0] / image.shape[1] + 1)
+    height = 1 + 4 * max(image.shape[0] / image.shape[1] for image in images.values())
     figure = Figure((4.2 * len(images) + 5, height), layout="constrained", dpi=120)
-    *panels, axes = figure.subplots(1, len(images) + 1, squeeze=False)[0]
+    *panels, axes = figure.subplots(1, len(images) + 1)
 
     for panel, (title, image) in zip(panels, images.items()):
         panel.imshow(image)
-        panel.set_title(title, parse_math=False)
+        panel.set_title(title)
         panel.set(xticks=[], yticks=[], frame_on=False)
         if words:
             rows, columns = words
@@ -1562,10 +1488,10 @@ def plot(path, lines, pictures={}, words=None):
             panel.set_xticks((np.arange(len(columns)) + 0.5) * width / len(columns), columns)
             panel.tick_params(length=0)
 
-    draw_curves(axes, lines)
+    draw_curves(axes, read_metrics(out))
     axes.set_xlabel("GRPO step")
     axes.legend(frameon=False)
-    with atomic_write(path) as work:
+    with atomic_write(out / "before_after.png") as work:
         figure.savefig(work, format="png")
 
 def draw_curves(axes, lines):
@@ -1594,38 +1520,6 @@ def write_json(path, value):
     with atomic_write(path) as work:
         work.write_text(json.dumps(value, indent=1))
 
-def compare_runs(a, b):
-    """Print the rewards of two runs side by side, and return whether their means over every
-    ten steps, and over all, are within 5 % of each other: of the mean, or where it is near 0
-    of the standard deviation within a group."""
-    runs = []
-    for folder in (a, b):
-        lines = [line for line in read_metrics(folder) if "_std" in " ".join(line)]
-        runs.append({line["step"]: line for line in lines})
-    steps = sorted(runs[0].keys() & runs[1].keys())
-    names = []
-    if steps:
-        first_a, first_b = runs[0][steps[0]], runs[1][steps[0]]
-        names = [name for name in first_a if f"{name}_std" in first_a.keys() & first_b.keys()]
-    require(names, f"--compare {a} {b}: must be the folders of two runs with rewards and steps in "
-            "common")
-
-    ok = True
-    print("reward            steps           A         B  difference")
-    parts = [steps[i:i + 10] for i in range(0, len(steps), 10)] + [steps]
-    for name in names:
-        for part in parts:
-            mean_a, mean_b = (np.mean([run[step][name] for step in part]) for run in runs)
-            std = np.mean([runs[0][step][f"{name}_std"] for step in part])
-            difference = (mean_b - mean_a) / max(abs(mean_a), std)
-            ok = ok and abs(difference) <= 0.05  # False if it is not finite
-            print(f"{printable(name):12}{part[0]:5} to {part[-1]:5}{mean_a:12.4f}{mean_b:10.4f}"
-                  f"{difference:+12.2%}")
-    left_out = len(runs[0].keys() ^ runs[1].keys())
-    print(f"{len(steps)} steps compared; {left_out}, which one of the runs lacks, left out")
-    print(f"compare {'OK' if ok else 'OFF'}")
-    return ok
-
 # ------------------------------------------------------------------ checkpoints and resume
 
 # what config.json holds beside the flags
@@ -1634,22 +1528,17 @@ NOT_FLAGS = {"machine", "versions", "fingerprints"}
 FILE_FLAGS = ("model", "prompts", "hps", "hps_arch", "clip", "clip_arch", "pickscore")
 
 def fingerprint(name):
-    """Return a hash of a file or of all files in a folder: names, sizes and the last 16 MB of
+    """Return a hash of a file, or of the weights in a folder: names, sizes and the last 16 MB of
     each. So a moved model is recognised. What is neither, such as a name of the hub, stands
     for itself.
     """
     path = Path(name)
-    if not name or name == "tiny" or not path.exists():
+    if not name or not path.exists():
         return name
-    files = [path] if path.is_file() else sorted(path.rglob("*"))
     digest = hashlib.sha256()
-    for file in files:
-        inside = file.relative_to(path)  # "." for a single file
-        hidden = any(part.startswith(".") for part in inside.parts)  # a download's .cache, say
-        if hidden or not file.is_file():
-            continue
+    for file in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
         size = file.stat().st_size
-        digest.update(f"{inside.as_posix()} {size}\n".encode())
+        digest.update(f"{file.relative_to(path)} {size}".encode())
         with file.open("rb") as opened:
             opened.seek(max(0, size - 2**24))
             digest.update(opened.read())
@@ -1699,26 +1588,22 @@ def find_checkpoint(cfg, out):
     own = checkpoints(out)
     then = read_run_config(out)
     if then and not own:
-        steps_done = max((line["step"] for line in read_metrics(out)), default=0)
-        lost = steps_done > then["save_every"] or (out / "export").exists()
+        done = [line["step"] for line in read_metrics(out)]
+        lost = (out / "export").exists() or max(done, default=0) > then["save_every"]
         require(not lost, f"--out {out}: holds a run without its checkpoints, which would be "
                 "overwritten; remove it, or give another --out")
     if not own and cfg.resume in ("auto", "none"):
         return None
-    require(not own or cfg.resume != "none",
-            f"--resume none: {out} holds a run; remove it, or give another --out")
     folder = own[-1] if own else Path(cfg.resume)
-    require(Path(cfg.resume).resolve() not in [path.resolve() for path in own[:-1]],
+    passed = [Path("none"), *own[:-1]]
+    require(not own or Path(cfg.resume).resolve() not in [path.resolve() for path in passed],
             f"--resume {cfg.resume}: {out} has gone on to {folder}; give that, or another --out")
     with bad_input_if_fails(
             f"--resume {cfg.resume}: {folder} is not a whole checkpoint, such as RUN/checkpoints/"
             "step_00020 with its manifest.json; remove it to continue from the one before"):
         step = step_of(folder)
         manifest = json.loads((folder / "manifest.json").read_text())
-        found = file_sizes(folder)
-        for name, size in manifest.items():
-            require(found.get(name) == size, f"{name} has {found.get(name, 'no')} bytes of {size}")
-        require((folder.parent.parent / "config.json").exists(), "its run's config.json is gone")
+        require(file_sizes(folder) == manifest, "files of its manifest are missing or cut off")
     require(cfg.steps >= step,
             f"--steps {cfg.steps}: must be at least {step}, where {folder} continues from")
     return folder
@@ -1726,19 +1611,19 @@ def find_checkpoint(cfg, out):
 def check_same_experiment(cfg, folder):
     """Refuse to resume another experiment than the checkpoint's. Return the flags of the
     update that have changed since, as text."""
-    then = read_run_config(folder.parent.parent)
+    with bad_input_if_fails(f"--resume {folder}: must lie in a run with its config.json"):
+        then = json.loads((folder.parent.parent / "config.json").read_text())
+        fingerprints = then["fingerprints"]
     changes = []
     for f in fields(Config):
-        kind = f.metadata["resume"]
         ours, theirs = getattr(cfg, f.name), f.type(then.get(f.name, f.default))
         equal = ours == theirs
-        if f.name in then.get("fingerprints", {}):
-            equal = fingerprint(ours) == then["fingerprints"][f.name]
-        if equal or kind in ("free", "local"):
+        if f.name in fingerprints:
+            equal = fingerprint(ours) == fingerprints[f.name]
+        if equal or f.name in FREE + LOCAL:
             continue
-        unknown_average = f.name == "ema_decay" and not (ours and theirs)
         content = " with the same content" if f.name in FILE_FLAGS else ""
-        require(kind == "tuned" and not unknown_average,
+        require(f.name in TUNED,
                 f"--{f.name} {ours}: must be {theirs or '(not given)'}{content}, as in the run of "
                 f"{folder}; or give another --out")
         changes.append(f"{f.name} {theirs} -> {ours}")
@@ -1874,8 +1759,6 @@ def read_command_line(argv):
         kind = dict(type=f.type, metavar=f.type.__name__.upper())
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
-        elif f.type is tuple:
-            kind = dict(nargs=2, metavar="RUN")
         group.add_argument(f"--{f.name}", **kind, default=argparse.SUPPRESS, help=explain_flag(f))
     given = vars(parser.parse_args(argv))
 
@@ -1887,16 +1770,12 @@ def read_command_line(argv):
     return Config(**defaults | given), step_prompts
 
 def explain_flag(f):
-    """Return the line of --help about a flag: its help, choices, default, and limits that a
-    person could leave."""
+    """Return what --help says of a flag: its help, its choices and defaults."""
     notes = list(f.metadata["choices"])
-    if f.default not in ("", ()):
+    if f.default != "":
         notes.append(f"default {f.default}")
     if f.name in TINY:
         notes.append(f"tiny {TINY[f.name]}")
-    low, high = f.metadata["low"], f.metadata["high"]
-    if high is not None and high <= 1000:
-        notes.append(f"{low} to {high}")
     text = f.metadata["help"]
     if notes:
         text += f" ({', '.join(notes)})"
@@ -1911,7 +1790,9 @@ def check_inputs(cfg, step_prompts, world):
     require(not cfg.record or not Path(cfg.record).exists(),
             f"--record {cfg.record}: must be a new folder")
     if cfg.replay:
-        check_record(cfg, step_prompts)
+        require([len(prompts) for prompts in step_prompts[:steps]] == [P] * steps,
+                f"--replay {cfg.replay}: its config.json must have step_prompts, {P} prompts for "
+                f"each of {steps} steps")
     else:
         require(cfg.prompts or cfg.model == "tiny",
                 "--prompts (not given): must be a text file with one prompt per line")
@@ -1933,68 +1814,64 @@ def check_inputs(cfg, step_prompts, world):
         order += [prompts[i] for i in shuffled]
     return [order[i * P:(i + 1) * P] for i in range(steps)], prompts[:cfg.eval_images]
 
-@contextmanager
-def stop_signals():
-    """List the signals that ask the run to stop: it ends its step and saves. A second one
-    kills, even while the process waits in a collective."""
-    received, before = [], {}
+def list_stop_signals():
+    """Return the list of signals, empty at first, that have asked the run to stop: it ends its
+    step and saves. A second one kills, even while the process waits in a collective."""
+    received = []
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+    handled = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # as nohup sets it
 
     def note(number, _):
         received.append(number)
-        for known in before:
-            signal.signal(known, signal.SIG_DFL)
+        for each in handled:
+            signal.signal(each, signal.SIG_DFL)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-        number = getattr(signal, name)
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            before[number] = signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: not installed by Python
+    for number in handled:
+        signal.signal(number, note)
+    return received
 
 def train(run, info, checkpoint):
     """Train from the checkpoint, or from the start, to the last step; save, evaluate and
     export."""
     cfg, out, policy = run.cfg, run.out, run.policy
-    done = step_of(checkpoint) if checkpoint else 0
+    done = 0
     if checkpoint:
+        done = step_of(checkpoint)
         policy.load(checkpoint)
     if run.rank == 0:
         run.open(info, done)
         print_plan(run)
+    received = list_stop_signals()
+    begin = time.monotonic()
+    if done == 0:
+        run.write({"step": 0} | run.evaluate(0))
 
     silent = 0  # GRPO steps in a row in which no group had two different rewards
-    with stop_signals() as received, tqdm(
-            total=cfg.steps, initial=done, desc="GRPO", unit="step", disable=run.rank > 0,
-            dynamic_ncols=True) as bar:
-        begin = time.monotonic()
-        if done == 0:
-            run.write({"step": 0} | run.evaluate(0))
-        for step in range(done + 1, cfg.steps + 1):
-            line = run.metrics(step, *train_step(step - 1, run))
-            if cfg.compile and run.rank == 0 and step == done + 1:
-                seconds = time.monotonic() - begin
-                bar.write(f"compilation, with the first GRPO step, took {seconds:.0f} s")
-            if step % cfg.eval_every == 0 or step == cfg.steps:
-                line |= run.evaluate(step)
-            run.write(line)
-            bar.set_postfix_str(progress(line), refresh=False)
-            bar.update()
+    bar = tqdm(range(done + 1, cfg.steps + 1), "GRPO", cfg.steps, initial=done, unit="step",
+               disable=run.rank > 0, dynamic_ncols=True)
+    for step in bar:
+        line = run.metrics(step, *train_step(step - 1, run))
+        if cfg.compile and run.rank == 0 and step == done + 1:
+            seconds = time.monotonic() - begin
+            bar.write(f"compilation, with the first GRPO step, took {seconds:.0f} s")
+        if step % cfg.eval_every == 0 or step == cfg.steps:
+            line |= run.evaluate(step)
+        run.write(line)
+        names = ["reward", *run.rewards, "ratio", "clip_frac", "grad_norm"]
+        bar.set_postfix({name: line[name] for name in names if name in line}, refresh=False)
 
-            silent = silent + 1 if line["zero_std_frac"] == 1 else 0
-            if silent == 3 and run.rank == 0:
-                bar.write(f"warning: in GRPO steps {step - 2} to {step} all images of a prompt had "
-                          "equal rewards, so nothing was trained")
-            stop = any(gather(bool(received)))
-            if step % cfg.save_every == 0 or step == cfg.steps or stop:
-                policy.save(out / "checkpoints" / f"step_{step:05d}", run.rank)
-                if run.rank == 0:
-                    for folder in checkpoints(out)[:-cfg.keep_last]:
-                        remove_or_warn(folder)
-            if stop:
-                sys.exit(130 if signal.SIGINT in received else 0)
+        silent = silent + 1 if line["zero_std_frac"] == 1 else 0
+        if silent == 3 and run.rank == 0:
+            bar.write(f"warning: in GRPO steps {step - 2} to {step} all images of a prompt had "
+                      "equal rewards, so nothing was trained")
+        stop = any(gather(bool(received)))
+        if step % cfg.save_every == 0 or step == cfg.steps or stop:
+            policy.save(out / "checkpoints" / f"step_{step:05d}", run.rank)
+            if run.rank == 0:
+                for folder in checkpoints(out)[:-cfg.keep_last]:
+                    remove_or_warn(folder)
+        if stop:
+            sys.exit(130 if signal.SIGINT in received else 0)
 
     if policy.steps_taken() == 0:
         raise FloatingPointError("no optimizer step was taken, as all images of a prompt had equal "
@@ -2002,7 +1879,8 @@ def train(run, info, checkpoint):
     with policy.ema_weights():
         policy.export(cfg, out / "export", run.rank)
     if run.rank == 0:
-        run.finish()
+        remove_or_warn(out / ".text")
+        print(f"look at {out}/before_after.png; for diffusers: {out}/export")
 
 def print_plan(run):
     """Print what a GRPO step of this run is."""
@@ -2012,12 +1890,6 @@ def print_plan(run):
           f"trained, {P * G * K} transitions; {P * G // S} optimizer steps, {S / (P * G):.0%} "
           f"on-policy\n{len(run.text_files)} prompts, the first: "
           f"{printable(run.eval_prompts[0][:80])}", flush=True)
-
-def progress(line):
-    """Return what the progress bar shows of a GRPO step's metrics."""
-    names = [name.removesuffix("_std") for name in line if name.endswith("_std")]
-    names += ["ratio", "clip_frac", "grad_norm"]
-    return " ".join(f"{name} {line[name]:.3g}" for name in names if name in line)
 
 def remove_or_warn(path):
     """Remove a file or folder. If it cannot be removed, as it is in use, say, the run goes on."""
@@ -2047,8 +1919,6 @@ def start_processes(cfg):
 
 def main(argv=None):
     cfg, step_prompts = read_command_line(argv)
-    if cfg.compare:
-        sys.exit(0 if compare_runs(*cfg.compare) else 3)
     world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     prompts = check_inputs(cfg, step_prompts, world)
     if cfg.replay:
@@ -2068,10 +1938,6 @@ def start_run(cfg, prompts):
     changes = ""
     if checkpoint:
         changes = check_same_experiment(cfg, checkpoint)
-        if (out / "before_after.png").exists() and step_of(checkpoint) == cfg.steps:
-            print(f"the run in {out} has finished its {cfg.steps} steps; raise --steps to continue "
-                  "it, or give another --out")
-            return
 
     device, rank, world = start_processes(cfg)
     if changes and rank == 0:
