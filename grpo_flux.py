@@ -1283,7 +1283,7 @@ class Run:
             cfg = replace(cfg, dtype="bf16" if reward.is_accelerator(device) else "fp32")
         reward.check_attention(cfg.attention, device, DTYPES[cfg.dtype], cfg.deterministic)
         if cfg.model == "tiny":
-            cfg = replace(cfg, **tiny_models(cfg))
+            cfg = replace(cfg, **tiny_models(cfg, rank))
         cfg = replace(cfg, micro_batch=equal_micro_batch(cfg, world))
 
         self.rewards = {}
@@ -1339,7 +1339,7 @@ class Run:
 
     def text(self, prompts):
         """Return T5's embeddings (B, N, E) and CLIP's pooled ones (B, E')."""
-        texts = {prompt: load_file(self.text_files[prompt]) for prompt in dict.fromkeys(prompts)}
+        texts = {prompt: load_file(self.text_files[prompt]) for prompt in set(prompts)}
         both = []
         for name in ("embeds", "pooled"):
             rows = torch.stack([texts[prompt][name] for prompt in prompts])
@@ -1360,7 +1360,8 @@ class Run:
     def evaluate(self, step):
         """Sample held-out noise with the ODE, the same each time, and return the mean scores;
         the processes share the work. In the tiny world a judge looks, too."""
-        cfg, count = self.cfg, self.cfg.eval_images
+        cfg = self.cfg
+        count = cfg.eval_images
         share = math.ceil(count / self.world)
         mine = [i % count for i in range(self.rank * share, (self.rank + 1) * share)]
         prompts = [self.eval_prompts[i % len(self.eval_prompts)] for i in mine]
@@ -1386,7 +1387,8 @@ class Run:
     def metrics(self, step, scores, advantages, stats):
         """Return the line of metrics.jsonl: means over all processes; the largest of
         deviations."""
-        G, line = self.cfg.num_generations, {}
+        G = self.cfg.num_generations
+        line = {}
         for name, r in self.label(scores).items():
             line[name] = r.mean()
             line[f"{name}_std"] = r.view(-1, G).std(1).mean()
@@ -1417,10 +1419,7 @@ class Run:
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         if any("held_out" in name for name in line):
-            words = None
-            if self.eval_prompts == reward.TINY_PROMPTS and self.cfg.eval_images >= 24:
-                words = list(reward.COLORS), list(reward.SHAPES)
-            plot(self.out, line["step"], words)
+            plot(self, line["step"])
 
 def explain_gradient(step, history, taken):
     """Return the line about a GRPO step in which no optimizer step had a finite gradient,
@@ -1456,21 +1455,16 @@ def check_tokenizer(tokenizer, encoder):
 
 # ----------------------------------------------------------------------- metrics and plots
 
-# What a curve is called in README's tables, where that is not the metric's name.
-CURVES = {"held_out": "held-out reward", "accuracy": "right prompt, by HPS",
-          "right_colour": "right colour, by the judge", "right_shape": "right shape, by the judge",
-          "right_both": "both, by the judge"}
-
-def plot(out, step, words=None):
-    """Draw before_after.png: the pictures of the first evaluation and of this one, and the
-    curves of the metrics. words: those of the pictures' rows and columns."""
+def plot(run, step):
+    """Draw before_after.png: the pictures of the first evaluation and of this one, the curves of
+    what was evaluated and, pale, of the rewards of each GRPO step."""
     from matplotlib.figure import Figure  # takes a second
-    images = {}
     numbers = {"before": 0}
     if step:
         numbers[f"after {step} GRPO steps"] = step
+    images = {}
     for title, number in numbers.items():
-        file = out / "images" / f"step_{number:05d}.png"
+        file = run.out / "images" / f"step_{number:05d}.png"
         if file.exists():
             images[title] = np.asarray(Image.open(file))
     height = 1 + 4 * max(image.shape[0] / image.shape[1] for image in images.values())
@@ -1479,29 +1473,26 @@ def plot(out, step, words=None):
 
     for panel, (title, image) in zip(panels, images.items()):
         panel.imshow(image)
-        panel.set_title(title)
-        panel.set(xticks=[], yticks=[], frame_on=False)
-        if words:
-            rows, columns = words
+        panel.set(title=title, xticks=[], yticks=[], frame_on=False)
+        if run.eval_prompts == reward.TINY_PROMPTS and run.cfg.eval_images >= 24:
+            # Colours by shapes: name the rows and columns.
             height, width, _ = image.shape
-            panel.set_yticks((np.arange(len(rows)) + 0.5) * height / len(rows), rows)
-            panel.set_xticks((np.arange(len(columns)) + 0.5) * width / len(columns), columns)
+            panel.set_yticks((np.arange(6) + 0.5) * height / 6, reward.COLORS)
+            panel.set_xticks((np.arange(4) + 0.5) * width / 4, reward.SHAPES)
             panel.tick_params(length=0)
 
-    draw_curves(axes, read_metrics(out))
+    lines = read_metrics(run.out)
+    for name in dict.fromkeys(itertools.chain(*lines)):
+        steps = [line["step"] for line in lines if name in line]
+        values = [line[name] for line in lines if name in line]
+        if name.startswith(("held_out", "accuracy", "right_")):
+            axes.plot(steps, values, lw=1.2, label=name)
+        elif any(f"{name}_std" in line for line in lines):
+            axes.plot(steps, values, lw=0.6, alpha=0.5, label=name, zorder=1)
     axes.set_xlabel("GRPO step")
     axes.legend(frameon=False)
-    with atomic_write(out / "before_after.png") as work:
+    with atomic_write(run.out / "before_after.png") as work:
         figure.savefig(work, format="png")
-
-def draw_curves(axes, lines):
-    """Draw what was evaluated as lines, and behind them the reward of each GRPO step, pale."""
-    for name in dict.fromkeys(itertools.chain(*lines)):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if any(f"{name}_std" in line for line in lines):
-            axes.plot(*zip(*points), lw=0.6, alpha=0.5, label=f"{name} of a GRPO step", zorder=1)
-        elif name.startswith("held_out") or name in CURVES:
-            axes.plot(*zip(*points), lw=1.2, label=CURVES.get(name, name), zorder=2)
 
 def read_metrics(out):
     """Return the lines of metrics.jsonl as dicts; a kill may have cut off the last one."""
@@ -1638,11 +1629,11 @@ TINY = dict(  # the defaults of --model tiny, where they differ
 MISCAPTIONED = 0.6  # share of the pre-training samples that get a prompt drawn at random
 TINY_VERSION = 2  # to be raised with any change of what is built, and of text_length and shift
 
-def tiny_models(cfg):
+def tiny_models(cfg, rank):
     """Return the settings that name the tiny models; the first process builds them, once."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(home, "grpo_flux", f"tiny-{TINY_VERSION}").absolute()
-    if int(os.environ.get("RANK", 0)) == 0 and not folder.exists():
+    if rank == 0 and not folder.exists():
         with bad_input_if_fails(f"XDG_CACHE_HOME={home}: must be a folder to write models to"):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_name("lock")):
