@@ -59,7 +59,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from filelock import FileLock
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -299,6 +299,7 @@ def rollout(predict, x, text, keys, cfg, eta, window=None):
     taken inside the window (all but the last, if none is given), ODE steps outside of it;
     eta = 0 takes ODE steps alone and needs no keys. With cfg.init_same_noise the samples of a
     prompt must start from equal x. The last step is the ODE's to σ = 0: its x0 is the image.
+    cfg has sampling_steps, shift, sde, seed, micro_batch and init_same_noise.
     """
     T = cfg.sampling_steps
     sigmas = torch.tensor(sigma_schedule(T, cfg.shift))
@@ -384,7 +385,9 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg,
     reference: predict of the initial policy, for kl_beta. window: as in rollout. useful: for
     each optimizer step, whether any process has an advantage other than 0; if none has, it is
     left out; needed with several processes. report: called with the statistics of each
-    optimizer step. The host waits for the device once per optimizer step, at its end.
+    optimizer step. The host waits for the device once per optimizer step, at its end. Besides
+    the rollout's, cfg has eta, num_prompts, num_generations, batch_size, timestep_fraction,
+    sde_window, clip_range, adv_clip_max, max_grad_norm and kl_beta.
     """
     sigmas, states, _, logp_old = trajectory
     device = states.device
