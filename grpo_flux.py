@@ -20,9 +20,8 @@ much each difference matters):
     - The VAE decodes without tiles; with FLUX.1's, tiles would differ above 1024 pixels only.
     - Equal rewards of a group give advantages of 0; an optimizer step of them is left out.
 
-    python grpo_flux.py                                      # a tiny FLUX, on a laptop
-    torchrun --nproc_per_node 8 grpo_flux.py --model black-forest-labs/FLUX.1-dev \\
-        --prompts prompts.txt                                # FLUX.1-dev on eight GPUs
+    python grpo_flux.py         # a tiny FLUX, on a laptop; below FLUX.1-dev, on eight GPUs
+    torchrun --nproc_per_node 8 grpo_flux.py --model FLUX.1-dev --prompts prompts.txt
 
 Letters in shapes: B samples of this process, b of a micro-batch; P prompts, G samples of a
 group, S samples of an optimizer step; T denoising steps, W of them SDE steps, K of those
