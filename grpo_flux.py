@@ -31,6 +31,7 @@ trained; L latent tokens of C channels, N text tokens of E channels; unpacked la
 
 import argparse
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -44,11 +45,12 @@ import traceback
 import warnings
 from collections import defaultdict, namedtuple
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated
 
 import diffusers
 import numpy as np
@@ -628,81 +630,95 @@ def decode(vae, x0, grid, micro_batch):
 
 # ---------------------------------------------------------------------------------- config
 
-def flag(default, help, low=None, high=None, choices=()):
-    """A field of Config, with what --help says of it and what values are allowed."""
-    metadata = dict(help=help, low=low, high=high, choices=choices)
-    return field(default=default, metadata=metadata)
+# Kinds of numbers, each with its least and its largest value.
+Count = Annotated[int, 1, 10**9]
+Several = Annotated[int, 2, 10**9]
+Natural = Annotated[int, 0, 2**32 - 1]
+Positive = Annotated[float, 1e-12, 1e9]
+NonNegative = Annotated[float, 0, 1e9]
+Share = Annotated[float, 0, 1]
+Decay = Annotated[float, 0, 0.99999]
+
+CHOICES = dict(device=reward.DEVICES, dtype=("auto", "fp32", "bf16"), sde=("dance", "flow", "cps"))
 
 @dataclass
 class Config:
-    """Every field is a flag. Counts of a GRPO step are totals over all processes."""
-    model: str = flag("tiny", "tiny, or a folder or hub name of FLUX.1 in diffusers format")
-    prompts: str = flag("", "text file in UTF-8, one prompt per line; tiny has 24 of its own")
-    steps: int = flag(300, "GRPO steps: a rollout, its rewards, its update", 1)
-    out: str = flag("", "folder for everything the run writes; else runs/<model>")
-    lora_rank: int = flag(0, "train LoRA adapters of this rank; 0: all weights", 0)
-    lora_alpha: float = flag(128.0, "adapters are scaled by lora_alpha / lora_rank", 1e-3)
-    device: str = flag("auto", "auto takes an accelerator, if there is one",
-                       choices=reward.DEVICES)
-    dtype: str = flag("auto", "auto: bf16 on an accelerator, fp32 on a CPU",
-                      choices=("auto", "fp32", "bf16"))
-    compile: bool = flag(False, "compile the blocks: slow at the start, then faster")
-    gradient_checkpointing: float = flag(
-        1.0, "share of blocks that recompute activations: less memory, slower", 0, 1)
-    attention: str = flag("native", "diffusers' name of an attention backend")
-    seed: int = flag(0, "random seed of noise, prompt order, trained steps and adapters",
-                     0, 2**32 - 1)
+    """Every field is a flag, and its comment is what --help says of it. Counts of a GRPO step
+    are totals over all processes."""
 
-    reward: str = flag("hps", "hps, clip, pickscore, package.module:function; several with "
-                       "weights: hps:0.7,clip:0.3")
-    hps: str = flag("", "file, or owner/name/file of the hub; else HPS-v2.1 from the hub")
-    hps_arch: str = flag("ViT-H-14", "open_clip's name of its architecture, or a .json file")
-    clip: str = flag("", "file, or owner/name/file of the hub, with weights for the reward clip")
-    clip_arch: str = flag("ViT-H-14", "open_clip's name of its architecture, or a .json file")
-    pickscore: str = flag("yuvalkirstain/PickScore_v1", "folder or hub name of PickScore")
-    reward_fp32: bool = flag(False, "score in fp32 on an accelerator, not in fp16 autocast")
+    # model and device
+    model: str = "tiny"  # tiny, or a folder or hub name of FLUX.1 in diffusers format
+    prompts: str = ""  # text file in UTF-8, one prompt per line; tiny has 24 of its own
+    steps: Count = 300  # GRPO steps: a rollout, its rewards, its update
+    out: str = ""  # folder for everything the run writes; else runs/<model>
+    lora_rank: Natural = 0  # train LoRA adapters of this rank; 0: all weights
+    lora_alpha: Positive = 128.0  # adapters are scaled by lora_alpha / lora_rank
+    device: str = "auto"  # auto takes an accelerator, if there is one
+    dtype: str = "auto"  # auto: bf16 on an accelerator, fp32 on a CPU
+    compile: bool = False  # compile the blocks: slow at the start, then faster
+    gradient_checkpointing: Share = 1.0  # share of blocks that recompute: less memory, but slower
+    attention: str = "native"  # diffusers' name of an attention backend
+    seed: Natural = 0  # random seed of noise, prompt order, trained steps and adapters
 
-    num_prompts: int = flag(8, "P, prompts of a GRPO step", 1)
-    num_generations: int = flag(12, "G, images of a prompt: a group", 2)
-    height: int = flag(720, "pixels, a multiple of 16", 16)
-    width: int = flag(720, "pixels, a multiple of 16", 16)
-    sampling_steps: int = flag(16, "T, denoising steps; the last is deterministic", 2)
-    micro_batch: int = flag(2, "largest batch of a transformer call; less saves memory", 1)
-    guidance: float = flag(3.5, "guidance input of FLUX.1-dev; other models have none", 0)
-    eta: float = flag(0.3, "noise level: more explores more, and blurs more", 1e-6)
-    sde: str = flag("dance", "formula of the SDE step", choices=("dance", "flow", "cps"))
-    sde_window: int = flag(0, "denoising steps in a row that are SDE steps; 0: all", 0)
-    window_shift_every: int = flag(0, "GRPO steps until it moves by one; 0: it is random", 0)
-    shift: float = flag(3.0, "schedule: above 1 takes more steps at high noise", 1e-3)
-    init_same_noise: bool = flag(True, "a group starts from one noise; only the SDE varies it")
-    text_length: int = flag(512, "T5 tokens of a prompt; FLUX.1-schnell: at most 256", 1, 512)
+    # reward
+    reward: str = "hps"  # hps, clip, pickscore, package.module:function; or hps:0.7,clip:0.3
+    hps: str = ""  # file, or owner/name/file of the hub; else HPS-v2.1 from the hub
+    hps_arch: str = "ViT-H-14"  # open_clip's name of its architecture, or a .json file
+    clip: str = ""  # file, or owner/name/file of the hub, with weights for the reward clip
+    clip_arch: str = "ViT-H-14"  # open_clip's name of its architecture, or a .json file
+    pickscore: str = "yuvalkirstain/PickScore_v1"  # folder or hub name of PickScore
+    reward_fp32: bool = False  # score in fp32 on an accelerator, not in fp16 autocast
 
-    learning_rate: float = flag(1e-5, "AdamW's", 1e-12, 1)
-    batch_size: int = flag(32, "S, images of an optimizer step", 1)
-    clip_range: float = flag(1e-4, "clip range of the ratio; small, as logp is a mean", 1e-9, 1)
-    timestep_fraction: float = flag(
-        0.0, "share of the SDE steps that an image trains on, at random; 0: all with sde_window "
-        "or below 8, else 0.6", 0, 1)
-    kl_beta: float = flag(0.0, "weight of the KL divergence from the initial policy", 0)
-    ema_decay: float = flag(0.0, "decay of the moving average of the weights, which is evaluated "
-                            "and exported; 0: none", 0, 0.99999)
-    weight_decay: float = flag(1e-4, "AdamW's", 0, 1)
-    max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm", 1e-9)
-    adv_clip_max: float = flag(5.0, "advantages are clipped to +- this", 1e-3)
+    # rollout
+    num_prompts: Count = 8  # P, prompts of a GRPO step
+    num_generations: Several = 12  # G, images of a prompt: a group
+    height: Count = 720  # pixels, a multiple of 16
+    width: Count = 720  # pixels, a multiple of 16
+    sampling_steps: Several = 16  # T, denoising steps; the last is deterministic
+    micro_batch: Count = 2  # largest batch of a transformer call; less saves memory
+    guidance: NonNegative = 3.5  # guidance input of FLUX.1-dev; other models have none
+    eta: Positive = 0.3  # noise level: more explores more, and blurs more
+    sde: str = "dance"  # formula of the SDE step
+    sde_window: Natural = 0  # denoising steps in a row that are SDE steps; 0: all
+    window_shift_every: Natural = 0  # GRPO steps until it moves by one; 0: it is random
+    shift: Positive = 3.0  # schedule: above 1 takes more steps at high noise
+    init_same_noise: bool = True  # a group starts from one noise; only the SDE varies it
+    text_length: Annotated[int, 1, 512] = 512  # T5 tokens of a prompt; FLUX.1-schnell: at most 256
 
-    save_every: int = flag(20, "GRPO steps between checkpoints", 1)
-    keep_last: int = flag(2, "checkpoints that are kept", 1)
-    resume: str = flag("auto", "auto: from the last checkpoint in --out; none; or a checkpoint")
-    eval_every: int = flag(20, "GRPO steps between evaluations", 1)
-    eval_images: int = flag(16, "ODE samples of an evaluation, from the same noise each time", 1)
+    # update
+    learning_rate: Positive = 1e-5  # AdamW's
+    batch_size: Count = 32  # S, images of an optimizer step
+    clip_range: Positive = 1e-4  # clip range of the ratio; small, as logp is a mean
+    timestep_fraction: Share = 0.0  # share of SDE steps trained; 0: all of a window or < 8, else 0.6
+    kl_beta: NonNegative = 0.0  # weight of the KL divergence from the initial policy
+    ema_decay: Decay = 0.0  # decay of averaged weights, which are evaluated and exported; 0: none
+    weight_decay: Share = 1e-4  # AdamW's
+    max_grad_norm: Positive = 1.0  # larger gradients are scaled down to this norm
+    adv_clip_max: Positive = 5.0  # advantages are clipped to +- this
 
-    record: str = flag("", "new folder for every random draw and every stage's results")
-    replay: str = flag("", "such a folder: take its settings and draws, compare every stage")
-    deterministic: bool = flag(False, "deterministic kernels: equal runs give equal bits; slower")
+    # checkpoints and evaluation
+    save_every: Count = 20  # GRPO steps between checkpoints
+    keep_last: Count = 2  # checkpoints that are kept
+    resume: str = "auto"  # auto: from the last checkpoint in --out; none; or a checkpoint
+    eval_every: Count = 20  # GRPO steps between evaluations
+    eval_images: Count = 16  # ODE samples of an evaluation, from the same noise each time
+
+    # the same numbers on another device
+    record: str = ""  # new folder for every random draw and every stage's results
+    replay: str = ""  # such a folder: take its settings and draws, compare every stage
+    deterministic: bool = False  # deterministic kernels: equal runs give equal bits; slower
 
     def __post_init__(self):
         for f in fields(self):
-            self.check(f)
+            value = getattr(self, f.name)
+            given = f"--{f.name} {value}"
+            if f.type is str:
+                setattr(self, f.name, os.path.expanduser(value))
+            elif f.type is not bool:
+                low, high = f.type.__metadata__
+                require(low <= value <= high, f"{given}: must be from {low} to {high}")
+            choices = CHOICES.get(f.name)
+            require(not choices or value in choices, f"{given}: must be one of {choices}")
         for name in ("height", "width"):
             value = getattr(self, name)
             require(value % 16 == 0, f"--{name} {value}: must be a multiple of 16")
@@ -717,18 +733,9 @@ class Config:
         require(not self.record or not self.replay, f"--record {self.record}: not with --replay")
         reward.parse_rewards(self.reward)
 
-    def check(self, f):
-        """Refuse a value outside of the limits of its flag; expand ~ in paths."""
-        value = getattr(self, f.name)
-        if isinstance(value, str):
-            value = os.path.expanduser(value)
-            setattr(self, f.name, value)
-        given = f"--{f.name} {value}"
-        low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
-        if low is not None:
-            limits = f"at least {low}" if high is None else f"from {low} to {high}"
-            require(low <= value <= (high or sys.float_info.max), f"{given}: must be {limits}")
-        require(not choices or value in choices, f"{given}: must be one of {' '.join(choices)}")
+def value_type(f):
+    """Return the type of a field's values: int for Count, say."""
+    return getattr(f.type, "__origin__", f.type)
 
 # A run that is resumed may have other values of these flags. All others decide what is sampled,
 # scored and logged, and must be those of the run.
@@ -737,11 +744,6 @@ TUNED = ("learning_rate clip_range timestep_fraction kl_beta ema_decay weight_de
 FREE = ("steps dtype compile gradient_checkpointing attention reward_fp32 micro_batch save_every "
         "keep_last eval_every").split()  # where and how to compute
 LOCAL = "out device resume record replay deterministic".split()  # a replay takes its own, too
-
-# The groups of --help, each with the first of its flags.
-FLAG_GROUPS = {"model": "model and device", "reward": "reward", "num_prompts": "rollout",
-               "learning_rate": "update", "save_every": "checkpoints and evaluation",
-               "record": "the same numbers on another device"}
 
 # ------------------------------------------------------------------------------------ tape
 
@@ -910,7 +912,7 @@ def read_record(folder):
         settings = {}
         for f in fields(Config):
             if f.name in info and f.name not in LOCAL:
-                settings[f.name] = f.type(info[f.name])
+                settings[f.name] = value_type(f)(info[f.name])
         return settings, info["step_prompts"]
 
 # ------------------------------------------------------------------------------- processes
@@ -1609,7 +1611,8 @@ def check_same_experiment(cfg, folder):
         fingerprints = then["fingerprints"]
     changes = []
     for f in fields(Config):
-        ours, theirs = getattr(cfg, f.name), f.type(then.get(f.name, f.default))
+        ours = getattr(cfg, f.name)
+        theirs = value_type(f)(then.get(f.name, f.default))
         equal = ours == theirs
         if f.name in fingerprints:
             equal = fingerprint(ours) == fingerprints[f.name]
@@ -1746,13 +1749,14 @@ def read_command_line(argv):
         "README.md has commands, settings for cards, and what to do when something fails.",
         allow_abbrev=False)
     parser.error = lambda message: reward.exit_with_error(f"{message}; see --help")
-    for f in fields(Config):
-        if f.name in FLAG_GROUPS:
-            group = parser.add_argument_group(FLAG_GROUPS[f.name])
-        kind = dict(type=f.type, metavar=f.type.__name__.upper())
-        if f.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        group.add_argument(f"--{f.name}", **kind, default=argparse.SUPPRESS, help=explain_flag(f))
+    flags = {f.name: f for f in fields(Config)}
+    for line in inspect.getsource(Config).split("\n"):
+        code, _, comment = line.strip().partition("# ")
+        name = code.partition(":")[0]
+        if not code:
+            group = parser.add_argument_group(comment)
+        elif name in flags:
+            add_flag(group, flags[name], comment)
     given = vars(parser.parse_args(argv))
 
     step_prompts = []
@@ -1762,17 +1766,19 @@ def read_command_line(argv):
     defaults = TINY if given.get("model", "tiny") == "tiny" else {}
     return Config(**defaults | given), step_prompts
 
-def explain_flag(f):
-    """Return what --help says of a flag: its help, its choices and defaults."""
-    notes = list(f.metadata["choices"])
+def add_flag(group, f, comment):
+    """Add a field of Config to a group of flags; --help shows its comment and defaults."""
+    notes = list(CHOICES.get(f.name, ()))
     if f.default != "":
         notes.append(f"default {f.default}")
     if f.name in TINY:
         notes.append(f"tiny {TINY[f.name]}")
-    text = f.metadata["help"]
     if notes:
-        text += f" ({', '.join(notes)})"
-    return text.replace("%", "%%")
+        comment += f" ({', '.join(notes)})"
+    kind = dict(type=value_type(f), metavar=value_type(f).__name__.upper())
+    if f.type is bool:
+        kind = dict(action=argparse.BooleanOptionalAction)
+    group.add_argument(f"--{f.name}", **kind, default=argparse.SUPPRESS, help=comment)
 
 def check_inputs(cfg, step_prompts, world):
     """Refuse what cannot work before a model is loaded; return the P prompts of each GRPO
@@ -1975,7 +1981,7 @@ def explain(error):
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         if stream:  # a daemon may have closed it
-            stream.reconfigure(errors="replace")  # for a terminal that is not UTF-8
+            stream.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
     try:
         main()
     except KeyboardInterrupt:
