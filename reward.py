@@ -55,8 +55,8 @@ def is_collective_error(error) -> bool:
     """Tell whether a collective has failed: another process has ended, or the network has."""
     # Backends raise RuntimeError or a kind of it, such as DistStoreError; the texts of OSError
     # and ValueError may hold a user's paths.
-    named = re.search("(?i)^dist|gloo|nccl|hccl", repr(error))
-    return isinstance(error, RuntimeError) and named is not None
+    named = bool(re.search("(?i)^dist|gloo|nccl|hccl", repr(error)))
+    return named and isinstance(error, RuntimeError)
 
 @contextmanager
 def bad_input_if_fails(message):
@@ -205,8 +205,7 @@ def check_weights(flag, value) -> str:
     Raises BadInput unless the path exists, or it may name weights of the hub."""
     name = value or WEIGHTS.get(flag, "")
     file = "" if flag == "--pickscore" else "/.+"
-    on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*" + file, name)
-    require(os.path.exists(name) or on_hub,
+    require(os.path.exists(name) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*" + file, name),
             f"{flag} {value or '(not given)'}: not found; must be a file, or owner/name/file of "
             "the hub; for --pickscore a folder, or owner/name")
     return name
@@ -237,7 +236,8 @@ def preprocess(images, size=224, mean=(0.48145466, 0.4578275, 0.40821073),
     else:
         scale = size / max(sides)
         new = [max(1, round(side * scale)) for side in sides]
-    images = F.interpolate(images, size=new, mode="bicubic", antialias=True)
+    if new != list(sides):
+        images = F.interpolate(images, size=new, mode="bicubic", antialias=True)
 
     padding = []
     for side in reversed(new):  # F.pad begins with the last dimension
@@ -665,8 +665,6 @@ def main(argv=None):
         exit_with_error(error)
     except BrokenPipeError:
         os._exit(1)  # `| head` has seen enough; no flush, which would fail as well
-    except OSError as error:
-        exit_with_error(error, status=1)
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
