@@ -70,7 +70,7 @@ def bad_input_if_fails(message):
         raise BadInput(f"{message} ({type(error).__name__}: {text})") from None
 
 def delete(path):
-    """Remove a Path, if it is there: a file, a folder or a link, but not what it points to."""
+    """Remove a Path as `remove` does, but under its own name: a kill leaves half of a folder."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -211,9 +211,11 @@ def check_weights(flag, value) -> str:
     return name
 
 def resolve_weights(flag, value) -> str:
-    """Return the path of weights, which are downloaded if value names weights of the hub."""
+    """Return the path of weights; those that value names on the hub are downloaded.
+
+    A name of PickScore stays as it is, since transformers downloads by itself."""
     name = check_weights(flag, value)
-    if os.path.exists(name) or flag == "--pickscore":  # transformers downloads by itself
+    if os.path.exists(name) or flag == "--pickscore":
         return name
     import huggingface_hub
     with bad_input_if_fails(
@@ -255,9 +257,9 @@ class HPS:
     def __init__(self, checkpoint, arch="ViT-H-14", device="cpu", fp32=False, flag="--hps"):
         import open_clip  # takes seconds
         with bad_input_if_fails(
-                f"{flag} {checkpoint}: must be a whole .pt, .bin or .safetensors file with the "
-                f"weights of {flag}_arch {arch} and no Python objects; that must be an open_clip "
-                "model, such as ViT-H-14, or a .json of one"):
+                f"{flag} {checkpoint}: must be a whole .pt, .bin or .safetensors file without "
+                f"Python objects, with the weights of {flag}_arch {arch}; the arch must be a model "
+                "of open_clip, such as ViT-H-14, or a .json of one"):
             if str(arch).endswith(".json"):
                 open_clip.add_model_config(arch)
                 arch = Path(arch).stem
@@ -284,7 +286,7 @@ class HPS:
             pixels = preprocess(images.to(self.device).float(), visual.image_size[0],
                                 visual.image_mean, visual.image_std)
             tokens = self.tokenizer(unique).to(self.device)
-            image, text, *_ = self.model(pixels, tokens)  # of length 1
+            image, text, *_ = self.model(pixels, tokens)  # vectors of length 1
         # The product in fp16 would round 0.28 to steps of 0.0002.
         return (image.float() * text.float()[rows]).sum(-1)
 
@@ -302,7 +304,7 @@ class PickScore:
             words = self.model.config.text_config.vocab_size
             require(len(self.tokenizer) >= words and not report["missing_keys"],
                     "it lacks weights or tokens")
-        self.model.to(device, torch.float32)
+        self.model.to(device, torch.float32)  # in eval mode, as from_pretrained leaves it
 
     @torch.no_grad()
     def __call__(self, images, prompts):
@@ -369,7 +371,7 @@ def read_prompts(path):
     with bad_input_if_fails(
             f"--prompts {path}: must be a text file in UTF-8 with one prompt per line, not a "
             "table"):
-        require(not re.search(r"(?i)\.(csv|tsv|jsonl?)$", str(path)), "its name is that of one")
+        require(not re.search(r"(?i)\.(csv|tsv|jsonl?)$", str(path)), "it has the name of one")
         text = Path(path).read_text(encoding="utf-8-sig")
         lines = text.split("\n")  # splitlines splits at more characters
         prompts = [line.strip() for line in lines if line.strip()]
@@ -557,7 +559,7 @@ def read_image(path):
     """Return a picture file as (1, 3, H, W) float in [0, 1]: upright, in RGB, on white."""
     with bad_input_if_fails(f"{path}: must be a picture that Pillow can read"):
         image = ImageOps.exif_transpose(Image.open(path))
-        require(not image.mode.startswith("I"), "it has 16 bits, which would be cut off at 255")
+        require(not image.mode.startswith("I"), "it has 16 bits; they would be cut off at 255")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return as_images([image])
@@ -578,7 +580,7 @@ def check_save(path):
     with bad_input_if_fails(
             f"--save {path}: must be a file, in a folder that exists and can be written to"):
         path = Path(path).resolve()
-        require(path.is_file() or not path.exists(), "it is none")
+        require(path.is_file() or not path.exists(), "it is no file")
         tempfile.TemporaryFile(dir=path.parent).close()
 
 def read_scores(path, rows):
