@@ -10,12 +10,11 @@ people preferred.
     python reward.py --hps HPS_v2.1_compressed.pt pictures/ --against scores.jsonl  # on an NPU
 """
 import argparse
+import cmath
 import importlib.util
-import inspect
 import json
-import logging
-import math
 import os
+import pkgutil
 import re
 import shutil
 import sys
@@ -30,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
+from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
 class BadInput(ValueError):
@@ -41,10 +41,9 @@ def require(condition, message):
         raise BadInput(message)
 
 def printable(text):
-    """Return text for the terminal: what it cannot print or encode is escaped."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    """Return text for the terminal; escaped if it holds what would steer the terminal."""
+    text = str(text)
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 def exit_with_error(message, status=2):
     """End the program with one line on stderr, of at most 2,000 characters."""
@@ -54,81 +53,64 @@ def exit_with_error(message, status=2):
 
 def is_collective_error(error) -> bool:
     """Tell whether a collective has failed: another process has ended, or the network has."""
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    # Backends raise RuntimeError; the texts of OSError and ValueError may hold a user's paths.
-    named = re.search("(?i)gloo|nccl|hccl", str(error))
-    return isinstance(error, RuntimeError) and named is not None
+    # Backends raise RuntimeError or a kind of it, such as DistStoreError; the texts of OSError
+    # and ValueError may hold a user's paths.
+    named = bool(re.search("(?i)^dist|gloo|nccl|hccl", repr(error)))
+    return named and isinstance(error, RuntimeError)
 
 @contextmanager
 def bad_input_if_fails(message):
-    """Turn an exception or sys.exit inside into BadInput, with its text in brackets."""
+    """Turn an exception or sys.exit inside into BadInput, with its name and text in brackets."""
     try:
         yield
     except (Exception, SystemExit) as error:  # a user's files and modules can raise anything
         if isinstance(error, torch.OutOfMemoryError) or is_collective_error(error):
             raise  # no input is to blame
-        if str(error).startswith("--"):
-            raise  # the error names the flag that is to blame
         text = str(error).split("WeightsUnpickler error: ")[-1]  # leave out torch's advice
-        if not isinstance(error, BadInput):
-            text = f"{type(error).__name__}: {text}"
-        raise BadInput(f"{message} ({text})") from None
+        raise BadInput(f"{message} ({type(error).__name__}: {text})") from None
+
+def delete(path):
+    """Remove a Path as `remove` does, but under its own name: a kill leaves half of a folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 def remove(path):
     """Remove a file, a folder or a link (but not what it points to), if there is one.
 
-    It gets another name first, so that a kill leaves no half of a folder under its own. Raises
-    OSError that names what cannot be removed."""
+    It gets another name first, so that a kill leaves no half of a folder under its own."""
     path = Path(path)
-    if not os.path.lexists(path):
-        return
-    if not path.name.startswith((".old-", ".writing-")):
-        old = path.with_name(f".old-{path.name}")
-        remove(old)
-        path = path.rename(old)
-    try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    except OSError as error:
-        error.filename = str(path)  # rmtree gives no more than the last part of a name
-        raise
-
-def is_stream(path) -> bool:
-    """Tell whether path is a pipe or a device, such as /dev/stdout."""
-    path = Path(path)
-    return path.is_fifo() or path.is_char_device()
+    old = path.with_name(f".old-{path.name}")
+    delete(old)  # left behind by a kill
+    if os.path.lexists(path):
+        delete(path.rename(old))
 
 @contextmanager
 def atomic_write(path, rank=0):
     """Yield a temporary path to write a file or folder to; rename it to `path` on success.
 
     A file takes the place of a file and a folder that of a folder; else OSError is raised, and
-    what was there stays. A link is followed. A pipe or device is written to directly. Rank 0
-    renames; processes that write into one folder must wait for each other before."""
-    if is_stream(path):
-        yield Path(path)
-        return
-    path = Path(os.path.realpath(path))
+    what was there stays. A link is followed. Rank 0 renames; processes that write into one
+    folder must wait for each other before."""
+    path = Path(path).resolve()
     temporary = path.with_name(f".writing-{path.name}")
-    old = path.with_name(f".old-{path.name}")
     if rank > 0:  # rank 0 alone renames and removes
         yield temporary
         return
 
-    remove(temporary)  # left behind by a run that was killed
+    delete(temporary)  # left behind by a run that was killed
     try:
         yield temporary
-        remove(old)
         # A rename takes the place of a file, but not of a folder with something in it.
+        old = path.with_name(f".old-{path.name}")
+        delete(old)
         if path.is_dir() and temporary.is_dir():
             path.rename(old)
         os.replace(temporary, path)  # raises if one is a file and the other a folder
-        remove(old)
+        delete(old)
     finally:
-        remove(temporary)
+        delete(temporary)
 
 # ------------------------------------------------------------------------------------------ device
 
@@ -183,8 +165,7 @@ def check_compile(device):
 def check_attention(backend, device, dtype, deterministic=False):
     """Raise BadInput unless a backend of diffusers' attention can train on device in dtype."""
     from diffusers.models import attention_dispatch
-    native = backend.startswith(("native", "_native"))
-    require(native or not deterministic,
+    require("native" in backend or not deterministic,
             f"--attention {backend}: must be native or _native_... with --deterministic, as "
             "torch's switch does not reach other kernels")
 
@@ -205,11 +186,9 @@ def make_deterministic(seed):
     from accelerate.utils import set_seed
     os.environ.update(
         CUBLAS_WORKSPACE_CONFIG=":4096:8", HCCL_DETERMINISTIC="true", LCCL_DETERMINISTIC="1",
-        CLOSE_MATMUL_K_SHIFT="1", ATB_MATMUL_SHUFFLE_K_ENABLE="0", ATB_LLM_LCOC_ENABLE="0",
-        PYTHONHASHSEED=str(seed))  # the last one takes effect in child processes
-    set_seed(seed)  # of Python, numpy and torch
-    torch.use_deterministic_algorithms(True)  # without one CUDA raises, an NPU does not
-    torch.backends.cudnn.benchmark = False
+        CLOSE_MATMUL_K_SHIFT="1", ATB_MATMUL_SHUFFLE_K_ENABLE="0", ATB_LLM_LCOC_ENABLE="0")
+    # Of Python, numpy and torch. Without a deterministic kernel CUDA raises, an NPU does not.
+    set_seed(seed, deterministic=True)
     torch.backends.cudnn.allow_tf32 = False
     if hasattr(torch, "npu"):
         torch.npu.conv.allow_hf32 = False
@@ -226,27 +205,25 @@ def check_weights(flag, value) -> str:
     Raises BadInput unless the path exists, or it may name weights of the hub."""
     name = value or WEIGHTS.get(flag, "")
     file = "" if flag == "--pickscore" else "/.+"
-    on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*" + file, name)
-    require(os.path.exists(name) or on_hub,
+    require(os.path.exists(name) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*" + file, name),
             f"{flag} {value or '(not given)'}: not found; must be a file, or owner/name/file of "
             "the hub; for --pickscore a folder, or owner/name")
     return name
 
 def resolve_weights(flag, value) -> str:
-    """Return the path of weights, which are downloaded if value names weights of the hub."""
+    """Return the path of weights; those that value names on the hub are downloaded.
+
+    A name of PickScore stays as it is, since transformers downloads by itself."""
     name = check_weights(flag, value)
-    if os.path.exists(name):
+    if os.path.exists(name) or flag == "--pickscore":
         return name
-    import huggingface_hub as hub
+    import huggingface_hub
     with bad_input_if_fails(
             f"{flag} {name}: the download failed; correct the name, accept the licence on its "
             "page and run `hf auth login`, or download it elsewhere and give its path with "
             f"{flag}"):
-        if flag == "--pickscore":
-            return hub.snapshot_download(
-                name, allow_patterns=["*.json", "*.txt", "*.safetensors"])
         owner, model, file = name.split("/", 2)
-        return hub.hf_hub_download(f"{owner}/{model}", file)
+        return huggingface_hub.hf_hub_download(f"{owner}/{model}", file)
 
 def preprocess(images, size=224, mean=(0.48145466, 0.4578275, 0.40821073),
                std=(0.26862954, 0.26130258, 0.27577711), crop=False):
@@ -255,51 +232,21 @@ def preprocess(images, size=224, mean=(0.48145466, 0.4578275, 0.40821073),
     Bicubic with antialias. crop=False, as for HPS: the longer side becomes `size`, and zeros
     fill up the other. crop=True, as for PickScore: the shorter side does, and the centre is cut
     out."""
-    height, width = images.shape[-2:]
+    sides = images.shape[-2:]
     if crop:  # truncated, as transformers does; else rounded, as the official HPS does
-        new = [int(size * side / min(height, width)) for side in (height, width)]
+        new = [int(size * side / min(sides)) for side in sides]
     else:
-        new = [max(1, round(side * (size / max(height, width)))) for side in (height, width)]
-    if new != [height, width]:
+        scale = size / max(sides)
+        new = [max(1, round(side * scale)) for side in sides]
+    if new != list(sides):
         images = F.interpolate(images, size=new, mode="bicubic", antialias=True)
 
-    pad_h = size - new[0]  # negative padding cuts off
-    pad_w = size - new[1]
-    top = int(pad_h / 2)
-    left = int(pad_w / 2)
-    images = F.pad(images, (left, pad_w - left, top, pad_h - top))
-    mean = images.new_tensor(mean).view(3, 1, 1)
-    std = images.new_tensor(std).view(3, 1, 1)
-    return (images - mean) / std
-
-def new_clip(arch, flag="--hps"):
-    """Return an open_clip model without weights, and its tokenizer; arch as in HPS."""
-    import open_clip  # takes seconds
-    name = arch
-    with bad_input_if_fails(
-            f"{flag}_arch {arch}: must be an open_clip model, such as ViT-H-14, or a .json of "
-            "one"):
-        if str(arch).endswith(".json"):
-            open_clip.add_model_config(arch)
-            name = Path(arch).stem
-        # Mean and std depend on the weights, not on arch: take those of the first that were
-        # published.
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        normalise = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
-        logging.disable(logging.WARNING)  # of random weights: the right ones come later
-        model = open_clip.create_model(
-            name, load_weights=False, force_preprocess_cfg=normalise)
-        logging.disable(logging.NOTSET)
-        return model, open_clip.get_tokenizer(name)
-
-def allow_numpy_numbers():
-    """Let torch.load read numpy's numbers: training loops save a loss beside the weights.
-
-    This stays: if it ended with a call, it would end for other threads that load, too."""
-    scalar = np.float64(0).__reduce__()[0]
-    kinds = [type(np.dtype(kind)) for kind in "? i4 i8 f2 f4 f8".split()]
-    old = scalar, "numpy.core.multiarray.scalar"  # its name in files of numpy 1
-    torch.serialization.add_safe_globals([np.dtype, scalar, old, *kinds])
+    padding = []
+    for side in reversed(new):  # F.pad begins with the last dimension
+        missing = size - side  # below 0: it cuts off
+        before = int(missing / 2)
+        padding += [before, missing - before]
+    return normalize(F.pad(images, padding), mean, std)
 
 class HPS:
     """Score (B,) by HPS-v2.1: cosines of image and prompt features, about 0.2 to 0.35.
@@ -308,15 +255,22 @@ class HPS:
     fp32: on an accelerator, do without the fp16 autocast that the official code uses."""
 
     def __init__(self, checkpoint, arch="ViT-H-14", device="cpu", fp32=False, flag="--hps"):
-        from open_clip.factory import load_state_dict
-        allow_numpy_numbers()
+        import open_clip  # takes seconds
         with bad_input_if_fails(
-                f"{flag} {checkpoint}: must be a whole .pt, .bin or .safetensors file with "
-                f"the weights of {flag}_arch {arch} and no Python objects"):
-            state = load_state_dict(checkpoint)  # runs no code of the file; drops "module."
-            state = state.get("model", state)
-            self.model, self.tokenizer = new_clip(arch, flag)
-            self.model.load_state_dict(state)  # fp16 weights are copied into fp32 ones
+                f"{flag} {checkpoint}: must be a whole .pt, .bin or .safetensors file without "
+                f"Python objects, with the weights of {flag}_arch {arch}; the arch must be a model "
+                "of open_clip, such as ViT-H-14, or a .json of one"):
+            if str(arch).endswith(".json"):
+                open_clip.add_model_config(arch)
+                arch = Path(arch).stem
+            # Mean and std depend on the weights, not on arch: take those of the first that were
+            # published.
+            tags = open_clip.list_pretrained_tags_by_model(arch)
+            normalise = open_clip.get_pretrained_cfg(arch, tags[0]) if tags else {}
+            # It runs no code of the file; fp16 weights are copied into fp32 ones.
+            self.model = open_clip.create_model(
+                arch, str(checkpoint), force_preprocess_cfg=normalise)
+            self.tokenizer = open_clip.get_tokenizer(arch)
         # The fused attention of torch's eval mode has no NPU kernel: one path on every device.
         torch.backends.mha.set_fastpath_enabled(False)
         self.device = torch.device(device)
@@ -331,8 +285,8 @@ class HPS:
         with torch.autocast(self.device.type, torch.float16, enabled=self.half):
             pixels = preprocess(images.to(self.device).float(), visual.image_size[0],
                                 visual.image_mean, visual.image_std)
-            image = self.model.encode_image(pixels, normalize=True)
-            text = self.model.encode_text(self.tokenizer(unique).to(self.device), normalize=True)
+            tokens = self.tokenizer(unique).to(self.device)
+            image, text, *_ = self.model(pixels, tokens)  # vectors of length 1
         # The product in fp16 would round 0.28 to steps of 0.0002.
         return (image.float() * text.float()[rows]).sum(-1)
 
@@ -340,7 +294,9 @@ class PickScore:
     """Score (B,) by PickScore, in fp32: cosines of image and prompt features, about 0.2."""
 
     def __init__(self, model, device="cpu"):
-        with bad_input_if_fails(f"--pickscore {model}: must be transformers' CLIP model"):
+        with bad_input_if_fails(
+                f"--pickscore {model}: must be transformers' CLIP model, a folder or owner/name "
+                "of the hub"):
             from transformers import AutoTokenizer, CLIPModel
             self.tokenizer = AutoTokenizer.from_pretrained(model)
             self.model, report = CLIPModel.from_pretrained(model, output_loading_info=True)
@@ -348,7 +304,7 @@ class PickScore:
             words = self.model.config.text_config.vocab_size
             require(len(self.tokenizer) >= words and not report["missing_keys"],
                     "it lacks weights or tokens")
-        self.model.to(device, torch.float32).eval().requires_grad_(False)
+        self.model.to(device, torch.float32)  # in eval mode, as from_pretrained leaves it
 
     @torch.no_grad()
     def __call__(self, images, prompts):
@@ -365,9 +321,9 @@ class PickScore:
 def parse_rewards(spec) -> dict[str, float]:
     """Parse "hps:0.7,clip" into {"hps": 0.7, "clip": 1.0}: names and weights."""
     rewards = {}
-    name = r"(hps|clip|pickscore|[\w.]+:[a-zA-Z_]\w*)"
     for item in spec.split(","):
-        match = re.fullmatch(name + r"(?::(\d*\.?\d+))?", item.strip())
+        match = re.fullmatch(
+            r"(hps|clip|pickscore|[\w.]+:[a-zA-Z_]\w*)(?::(\d*\.?\d+))?", item.strip())
         require(match and match[1] not in rewards,
                 f"--reward {spec}: {item!r} must be hps, clip, pickscore or "
                 "package.module:function, each once, with or without a :WEIGHT")
@@ -375,26 +331,15 @@ def parse_rewards(spec) -> dict[str, float]:
     require(any(rewards.values()), f"--reward {spec}: at least one weight must be above 0")
     return rewards
 
-def load_function(name):
-    """Return the function of package.module:function. Raises BadInput."""
-    module, function = name.split(":")
-    here = os.getcwd()
-    if here not in sys.path:  # as `python -m` does; it stays, for imports during calls
-        sys.path.insert(0, here)
-    with bad_input_if_fails(
-            f"--reward {name}: must be a function, whose module can be imported, and neither "
-            "calls sys.exit nor parses arguments"):
-        loaded = importlib.import_module(module)
-        os.chdir(here)  # the module may have left it
-        found = getattr(loaded, function)
-        require(callable(found) and not inspect.iscoroutinefunction(found),
-                f"it is async, or of type {type(found).__name__}")
-    return found
-
 def load_reward(name, source="", arch="", device="cpu", fp32=False):
     """Return the function (images, prompts) -> (B,) of a name; a user's needs no device."""
     if ":" in name:
-        return load_function(name)
+        sys.path.insert(0, os.getcwd())  # as `python -m` does
+        with bad_input_if_fails(
+                f"--reward {name}: must be a function, whose module can be imported, and "
+                "neither calls sys.exit nor parses arguments"):
+            return pkgutil.resolve_name(name)
+
     weights = resolve_weights(f"--{name}", source)
     if name == "pickscore":
         return PickScore(weights, device)
@@ -409,17 +354,12 @@ def score(rewards, images, prompts, where):
         raise FloatingPointError(
             f"an image of {where} is not finite; --dtype fp32 may prevent it")
 
-    def refuse(name):
-        return bad_input_if_fails(
-            f"--reward {name}: must return {len(images)} finite numbers for as many images, but "
-            f"failed in {where}, prompts {prompts[0]!r} ...")
-
     scores = {}
     for name, (_, function) in rewards.items():
-        with refuse(name):
-            scores[name] = torch.as_tensor(function(images.clone(), list(prompts)))
-    for name, result in scores.items():  # only now, so that no model waits for another's scores
-        with refuse(name):
+        with bad_input_if_fails(
+                f"--reward {name}: must return {len(images)} finite numbers for as many images, "
+                f"but failed in {where}, prompts {prompts[0]!r} ..."):
+            result = torch.as_tensor(function(images.clone(), list(prompts)))
             values = result.detach().float().cpu()
             require(values.shape == (len(images),), f"it gave the shape {tuple(values.shape)}")
             require(values.isfinite().all(), f"it gave {values.tolist()}")
@@ -428,15 +368,14 @@ def score(rewards, images, prompts, where):
 
 def read_prompts(path):
     """Return the lines of a UTF-8 text file that are not empty, stripped. Raises BadInput."""
-    must = f"--prompts {path}: must be a text file in UTF-8 with one prompt per line"
-    require(Path(path).suffix.lower() not in (".csv", ".tsv", ".json", ".jsonl"),
-            f"{must}, not a table")
-    with bad_input_if_fails(must):
+    with bad_input_if_fails(
+            f"--prompts {path}: must be a text file in UTF-8 with one prompt per line, not a "
+            "table"):
+        require(not re.search(r"(?i)\.(csv|tsv|jsonl?)$", str(path)), "it has the name of one")
         text = Path(path).read_text(encoding="utf-8-sig")
-        require("\0" not in text, "it holds a zero byte, as UTF-16 and binary files do")
-    lines = map(str.strip, text.split("\n"))  # splitlines splits at more characters
-    prompts = [line for line in lines if line]
-    require(prompts, f"{must}, but is empty")
+        lines = text.split("\n")  # splitlines splits at more characters
+        prompts = [line.strip() for line in lines if line.strip()]
+        require(prompts, "it is empty")
     return prompts
 
 # -------------------------------------------------------------------------------------- tiny world
@@ -444,27 +383,30 @@ def read_prompts(path):
 BACKGROUND = 236, 236, 230
 COLORS = dict(red=(220, 40, 40), green=(40, 170, 60), blue=(50, 80, 220),
               yellow=(240, 210, 40), purple=(150, 60, 190), black=(45, 45, 50))
-SHAPES = dict(  # corners, in units of the radius
-    circle=[(math.cos(i / 8), math.sin(i / 8)) for i in range(50)],
-    square=[(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
-    triangle=[(0, -1), (-1, 0.8), (1, 0.8)],
-    cross=[(-1, -0.36), (-0.36, -0.36), (-0.36, -1), (0.36, -1), (0.36, -0.36), (1, -0.36),
-           (1, 0.36), (0.36, 0.36), (0.36, 1), (-0.36, 1), (-0.36, 0.36), (-1, 0.36)])
+
+def quarter_turns(*corners):
+    """Return corners, and after them what they become by one, two and three quarter turns."""
+    return [corner * 1j ** turns for turns in range(4) for corner in corners]
+
+SHAPES = dict(  # corners x + yj, in units of the radius
+    circle=[cmath.rect(1, i / 8) for i in range(50)],
+    square=quarter_turns(-0.85 - 0.85j),
+    triangle=[0 - 1j, -1 + 0.8j, 1 + 0.8j],
+    cross=quarter_turns(-1 - 0.36j, -0.36 - 0.36j, -0.36 - 1j))
 TINY_PROMPTS = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]  # all 24
 
-def draw(prompt, rng=None, size=32, place=(0.35, 0.5, 0.5)):
-    """Draw a prompt of the tiny world, (size, size, 3) uint8.
+def draw(prompt, rng=None, place=(0.35, 0.5, 0.5)):
+    """Draw a prompt of the tiny world, (32, 32, 3) uint8.
 
     place: radius and centre as shares of the side, which rng draws if it is given."""
     _, color, shape = prompt.split()
     if rng is not None:
         place = (rng.uniform(0.32, 0.37), *rng.uniform(0.46, 0.54, size=2))
-    large = 4 * size  # drawn large and scaled down: smooth edges
-    radius, x, y = (large * share for share in place)
-    picture = Image.new("RGB", (large, large), BACKGROUND)
-    corners = [(x + radius * a, y + radius * b) for a, b in SHAPES[shape]]
+    radius, x, y = (128 * share for share in place)  # drawn large and scaled down: smooth edges
+    picture = Image.new("RGB", (128, 128), BACKGROUND)
+    corners = [(x + radius * c.real, y + radius * c.imag) for c in SHAPES[shape]]
     ImageDraw.Draw(picture).polygon(corners, COLORS[color])
-    return np.asarray(picture.resize((size, size), Image.LANCZOS))
+    return np.asarray(picture.resize((32, 32), Image.LANCZOS))
 
 def as_images(pictures):
     """Return pictures (H, W, 3) uint8 as images (B, 3, H, W) float in [0, 1]."""
@@ -492,9 +434,11 @@ def find_foreground(images):
 @cache
 def shape_templates():
     """Return masks (4 * N, 32 * 32): each shape in N sizes and places, more than in the data."""
-    places = list(product(np.linspace(0.26, 0.42, 7), *[np.linspace(0.38, 0.62, 9)] * 2))
-    drawn = [draw(f"a black {shape}", place=place) for shape in SHAPES for place in places]
-    return find_foreground(as_images(drawn))[1]
+    radii = np.linspace(0.26, 0.42, 7)
+    centres = np.linspace(0.38, 0.62, 9)
+    pictures = [draw(f"a black {shape}", place=place)
+                for shape, *place in product(SHAPES, radii, centres, centres)]
+    return find_foreground(as_images(pictures))[1]
 
 def judge_tiny(images, prompts, rewards):
     """Return {metric: (B,) 1.0 or 0.0} of images (B, 3, 32, 32) of TINY_PROMPTS.
@@ -556,10 +500,11 @@ def build_tiny_hps(folder, images, labels):
     """Train a miniature CLIP; save clip.pt when it is half trained and hps.pt at the end.
 
     It tells apart 24 prompts, and a 25th that stands for how botched a picture is."""
+    import open_clip
     folder.mkdir()
-    arch = folder / "tiny-clip.json"
-    arch.write_text(TINY_CLIP)
-    model, tokenizer = new_clip(arch)
+    (folder / "tiny-clip.json").write_text(TINY_CLIP)
+    model = open_clip.CLIP(**json.loads(TINY_CLIP))
+    tokenizer = open_clip.SimpleTokenizer(context_length=16)
     text = tokenizer([*TINY_PROMPTS, "a botched drawing"])
 
     def loss(pick):
@@ -567,9 +512,8 @@ def build_tiny_hps(folder, images, labels):
         target = F.one_hot(labels[pick], len(text)) * (1 - share[:, None])
         target[:, -1] = share
         pixels = preprocess(botch(images[pick], share), 32)
-        features = model.encode_image(pixels, normalize=True)
-        words = model.encode_text(text, normalize=True)
-        return F.cross_entropy(model.logit_scale.exp() * features @ words.T, target)
+        features, words, scale = model(pixels, text)
+        return F.cross_entropy(scale * features @ words.T, target)
 
     for name in ("clip", "hps"):
         fit(model, loss, len(images), steps=250, batch=64, rate=1e-3,
@@ -581,24 +525,23 @@ def build_tiny_hps(folder, images, labels):
 ALLOWED = 0.015  # percent of the scores' root mean square, on average over the pictures
 # Read from a folder; others that Pillow can read are given by name.
 PICTURES = ".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .avif .jp2 .ppm"
-FLAGS = (  # name, default, help
-    ("prompt", "", "the text that all the pictures were made for"),
-    ("prompts", "",
-     "file with one prompt per line, in the order of the pictures; else: 7_a_red_cat.png"),
-    ("reward", "hps", "hps, clip, pickscore or package.module:function"),
-    ("hps", "", "a file, or owner/name/file of the hub; without it HPS-v2.1 of the hub"),
-    ("hps_arch", "ViT-H-14", "its name in open_clip, or a .json file"),
-    ("clip", "", "weights of an open_clip model"),
-    ("clip_arch", "ViT-H-14", "its name in open_clip, or a .json file"),
-    ("pickscore", "", "a folder, or owner/name of the hub; without it PickScore_v1"),
-    ("device", "auto", "auto, cuda, npu or cpu"),
-    ("save", "", "write the scores to this file, one line of JSON per picture"),
-    ("against", "",
-     f"compare with a file of --save; mean error above {ALLOWED} %%: exit status 3"))
+FLAGS = {
+    "prompt": "the text that all the pictures were made for",
+    "prompts":
+        "file with one prompt per line, in the order of the pictures; else: 7_a_red_cat.png",
+    "reward": "hps (the default), clip, pickscore or package.module:function",
+    "hps": "a file, or owner/name/file of the hub; without it HPS-v2.1 of the hub",
+    "hps_arch": "its name in open_clip, or a .json file; without it ViT-H-14",
+    "clip": "weights of an open_clip model",
+    "clip_arch": "its name in open_clip, or a .json file; without it ViT-H-14",
+    "pickscore": "a folder, or owner/name of the hub; without it PickScore_v1",
+    "device": "auto (the default), cuda, npu or cpu",
+    "save": "write the scores to this file, one line of JSON per picture",
+    "against": f"compare with a file of --save; mean error above {ALLOWED} %%: exit status 3"}
 
 def natural(path):
     """Return a key to sort paths by that takes digits for numbers: a2.png before a10.png."""
-    return re.sub(r"\d+", lambda number: number[0].zfill(20), str(path)), str(path)
+    return re.sub(r"\d+", lambda number: number[0].zfill(20), str(path))
 
 def find_pictures(paths):
     """Return the files among paths, and the pictures of folders among them in natural order."""
@@ -616,39 +559,37 @@ def read_image(path):
     """Return a picture file as (1, 3, H, W) float in [0, 1]: upright, in RGB, on white."""
     with bad_input_if_fails(f"{path}: must be a picture that Pillow can read"):
         image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode.startswith("I"):  # 16 bits of grey, which convert would cut off at 255
-            image = Image.fromarray((np.asarray(image) / 257).round().astype("uint8"))
+        require(not image.mode.startswith("I"), "it has 16 bits; they would be cut off at 255")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return as_images([image])
 
 def prompts_from_names(files):
     """Return the prompts in the names of pictures, "a cat" for 07_a_cat.png. Raises BadInput."""
-    names = [re.sub(r"^\d+[-_ ]+", "", file.stem) for file in files]
-    prompts = [name.replace("_", " ").strip() for name in names]
-    words = [re.sub(r"[\W\d]+", "", prompt) for prompt in prompts]
+    names = [file.stem.replace("_", " ") for file in files]
+    prompts = [re.sub(r"^\d+[- ]+", "", name).strip() for name in names]
+    words = {re.sub(r"[\W\d]+", "", prompt) for prompt in prompts}
     # ComfyUI_00001_.png, ComfyUI_00002_.png: the scores of that word would look plausible
-    told = all(words) and (len(files) == 1 or len(set(words)) > 1)
+    told = all(words) and (len(files) == 1 or len(words) > 1)
     require(told, "--prompt (not given): must be, as the names of the pictures have no words, "
             f"or each the same: {files[0]}")
     return prompts
 
 def check_save(path):
     """Raise BadInput unless atomic_write can write a file to path."""
-    folder = os.path.dirname(os.path.realpath(path))
     with bad_input_if_fails(
             f"--save {path}: must be a file, in a folder that exists and can be written to"):
-        require(not os.path.isdir(path), "it is a folder")
-        if not is_stream(path):
-            tempfile.TemporaryFile(dir=folder).close()
+        path = Path(path).resolve()
+        require(path.is_file() or not path.exists(), "it is no file")
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 def read_scores(path, rows):
     """Return the scores (N,) that --save wrote for the same rows of picture and prompt."""
     with bad_input_if_fails(
             f"--against {path}: must hold what --save wrote for the same pictures and prompts, "
             "in the same order"):
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        saved = [json.loads(line) for line in lines]
+        with open(path, encoding="utf-8") as file:
+            saved = [json.loads(line) for line in file]
         scores = [row.pop("score") for row in saved]
         require(saved == rows, f"it has others: {len(saved)} for {len(rows)} pictures")
         return torch.tensor(scores)
@@ -700,7 +641,7 @@ def score_pictures(args):
     arch = getattr(args, f"{name}_arch", "")
     rewards = {name: (1, load_reward(name, source, arch, device, args.reward_fp32))}
     scores = []
-    for file, prompt in zip(tqdm(files, disable=len(files) < 100), prompts):
+    for file, prompt in zip(tqdm(files, delay=10), prompts):
         scores += score(rewards, read_image(file), [prompt], file)[name].tolist()
 
     if args.save:  # before anything is printed, as the reader of a pipe may end
@@ -715,10 +656,10 @@ def score_pictures(args):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Score pictures with a reward.")
     parser.error = lambda message: exit_with_error(f"{message}; see --help")
-    home = os.path.expanduser  # a shell leaves the ~ of --save=~/x as it is
-    parser.add_argument("images", nargs="+", type=home, help="picture files, or folders")
-    for name, default, text in FLAGS:
-        parser.add_argument(f"--{name}", type=home, default=default, help=text)
+    parser.add_argument("images", nargs="+", help="picture files, or folders")
+    for name, text in FLAGS.items():
+        parser.add_argument(f"--{name}", default="", help=text)
+    parser.set_defaults(reward="hps", device="auto")
     parser.add_argument("--reward_fp32", action="store_true", help="no fp16 autocast")
     try:
         score_pictures(parser.parse_args(argv))
@@ -726,8 +667,7 @@ def main(argv=None):
         exit_with_error(error)
     except BrokenPipeError:
         os._exit(1)  # `| head` has seen enough; no flush, which would fail as well
-    except OSError as error:
-        exit_with_error(error, status=1)
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
     main()
