@@ -689,7 +689,7 @@ class Config:
     learning_rate: Positive = 1e-5  # AdamW's
     batch_size: Count = 32  # S, images of an optimizer step
     clip_range: Positive = 1e-4  # clip range of the ratio; small, as logp is a mean
-    timestep_fraction: Share = 0.0  # share of SDE steps trained; 0: all of a window or < 8, else 0.6
+    timestep_fraction: Share = 0.0  # share of SDE steps trained; 0: all of a window or <8, else 0.6
     kl_beta: NonNegative = 0.0  # weight of the KL divergence from the initial policy
     ema_decay: Decay = 0.0  # decay of averaged weights, which are evaluated and exported; 0: none
     weight_decay: Share = 1e-4  # AdamW's

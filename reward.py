@@ -51,12 +51,12 @@ def exit_with_error(message, status=2):
     print("error:", printable(line), file=sys.stderr)
     sys.exit(status)
 
-def is_collective_error(error) -> bool:
+def is_collective_error(error):
     """Tell whether a collective has failed: another process has ended, or the network has."""
     # Backends raise RuntimeError or a kind of it, such as DistStoreError; the texts of OSError
     # and ValueError may hold a user's paths.
-    named = bool(re.search("(?i)^dist|gloo|nccl|hccl", repr(error)))
-    return named and isinstance(error, RuntimeError)
+    return isinstance(error, RuntimeError) and bool(
+        re.search("(?i)^dist|gloo|nccl|hccl", repr(error)))
 
 @contextmanager
 def bad_input_if_fails(message):
@@ -67,7 +67,9 @@ def bad_input_if_fails(message):
         if isinstance(error, torch.OutOfMemoryError) or is_collective_error(error):
             raise  # no input is to blame
         text = str(error).split("WeightsUnpickler error: ")[-1]  # leave out torch's advice
-        raise BadInput(f"{message} ({type(error).__name__}: {text})") from None
+        if not isinstance(error, BadInput):
+            text = f"{type(error).__name__}: {text}"
+        raise BadInput(f"{message} ({text})") from None
 
 def delete(path):
     """Remove a Path as `remove` does, but under its own name: a kill leaves half of a folder."""
@@ -146,10 +148,10 @@ def select_device(name="auto") -> torch.device:
         os.environ.setdefault("HCCL_CONNECT_TIMEOUT", "1200")
     return torch.device(name, rank)
 
-def is_accelerator(device) -> bool:
+def is_accelerator(device):
     return torch.device(device).type != "cpu"
 
-def describe_device(device) -> str:
+def describe_device(device):
     """Return what decides on rounding: the card or the CPU with its kernels, and torch."""
     if is_accelerator(device):
         card = torch.get_device_module(device).get_device_name()
@@ -199,7 +201,7 @@ def make_deterministic(seed):
 WEIGHTS = {"--hps": "xswu/HPSv2/HPS_v2.1_compressed.pt",
            "--pickscore": "yuvalkirstain/PickScore_v1"}
 
-def check_weights(flag, value) -> str:
+def check_weights(flag, value):
     """Return the path or the hub name of weights; "" stands for WEIGHTS. Needs no network.
 
     Raises BadInput unless the path exists, or it may name weights of the hub."""
@@ -210,7 +212,7 @@ def check_weights(flag, value) -> str:
             "the hub; for --pickscore a folder, or owner/name")
     return name
 
-def resolve_weights(flag, value) -> str:
+def resolve_weights(flag, value):
     """Return the path of weights; those that value names on the hub are downloaded.
 
     A name of PickScore stays as it is, since transformers downloads by itself."""
@@ -318,7 +320,7 @@ class PickScore:
         text = self.model.get_text_features(**tokens.to(device)).pooler_output
         return F.cosine_similarity(image, text)
 
-def parse_rewards(spec) -> dict[str, float]:
+def parse_rewards(spec):
     """Parse "hps:0.7,clip" into {"hps": 0.7, "clip": 1.0}: names and weights."""
     rewards = {}
     for item in spec.split(","):
@@ -356,14 +358,14 @@ def score(rewards, images, prompts, where):
 
     scores = {}
     for name, (_, function) in rewards.items():
-        with bad_input_if_fails(
+        with bad_input_if_fails(f"--reward {name}: failed in {where}, prompts {prompts[0]!r} ..."):
+            scores[name] = torch.as_tensor(function(images.clone(), list(prompts)))
+    for name, result in scores.items():  # only now, so that no model waits for another's scores
+        values = result.detach().float().cpu()
+        require(values.shape == (len(images),) and values.isfinite().all(),
                 f"--reward {name}: must return {len(images)} finite numbers for as many images, "
-                f"but failed in {where}, prompts {prompts[0]!r} ..."):
-            result = torch.as_tensor(function(images.clone(), list(prompts)))
-            values = result.detach().float().cpu()
-            require(values.shape == (len(images),), f"it gave the shape {tuple(values.shape)}")
-            require(values.isfinite().all(), f"it gave {values.tolist()}")
-            scores[name] = values
+                f"but gave {values.tolist()} in {where}, prompts {prompts[0]!r} ...")
+        scores[name] = values
     return scores
 
 def read_prompts(path):
