@@ -917,9 +917,13 @@ def read_record(folder):
 
 # ------------------------------------------------------------------------------- processes
 
-def init_distributed(name):
+def init_distributed(cfg):
     """Select the device, and join torchrun's processes: device, rank, world size."""
-    device = reward.select_device(name)
+    if cfg.deterministic:
+        reward.make_deterministic(cfg.seed)  # before the device is used
+    device = reward.select_device(cfg.device)
+    if cfg.compile:
+        reward.check_compile(device)
     torch.get_device_module(device).set_device(device)
     if "RANK" not in os.environ:
         return device, 0, 1
@@ -954,11 +958,10 @@ def shard(transformer, device, dtype, keep_gathered=True):
     """
     world = dist.get_world_size()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    if world > local:
-        sizes, names = (world // local, local), ("replicate", "shard")
-    else:
-        sizes, names = (world,), ("shard",)
-    mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=names)
+    mesh = dist.init_device_mesh(
+        device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
+    if world == local:
+        mesh = mesh["shard"]
     precision = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # only read here
@@ -1054,7 +1057,8 @@ def prepare_policy(transformer, cfg):
         add_adapters(transformer, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
 
     # Spread the blocks that recompute their activations evenly: share 0.5 takes every second one.
-    share, chosen = cfg.gradient_checkpointing, []
+    share = cfg.gradient_checkpointing
+    chosen = []
     for i, block in enumerate(blocks(transformer)):
         if int((i + 1) * share) > int(i * share):
             chosen.append(id(block))
@@ -1108,7 +1112,9 @@ def one_graph(predict, size):
         count = len(x)
         if count < size:
             rows = torch.arange(size, device=x.device).clamp(max=count - 1)
-            x, sigma, text = x[rows], sigma[rows], [c[rows] for c in text]
+            x = x[rows]
+            sigma = sigma[rows]
+            text = [tensor[rows] for tensor in text]
         with torch.enable_grad():
             v = predict(x, sigma, text)[:count]
         return v if torch.is_grad_enabled() else v.detach()
@@ -1231,7 +1237,7 @@ class Policy:
     def save(self, folder, rank):
         """Write a checkpoint atomically, as safetensors: torch's own pickles can run code. Its
         manifest, written last, has the names and sizes of all files."""
-        tensors = {name: x.detach().cpu() for name, x in self.state().items()}
+        tensors = {name: x.cpu() for name, x in self.state().items()}
         with atomic_write(folder, rank) as work, dcp_errors():
             writer = dcp.HuggingFaceStorageWriter(work, save_distributed=True)
             dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
@@ -1292,7 +1298,8 @@ class Run:
 
         self.rewards = {}
         for name, weight in reward.parse_rewards(cfg.reward).items():
-            source, arch = getattr(cfg, name, ""), getattr(cfg, f"{name}_arch", "")
+            source = getattr(cfg, name, "")
+            arch = getattr(cfg, f"{name}_arch", "")
             function = reward.load_reward(name, source, arch, device, cfg.reward_fp32)
             self.rewards[name] = weight, function
         with model_errors(cfg.model):
@@ -1718,7 +1725,9 @@ def build_tiny_flux(pipe, images, labels):
     It learns to draw but hardly to follow prompts, as most captions are random: what GRPO
     teaches, to draw what was asked for, anybody can see.
     """
-    cfg, vae, captions = Config(**TINY), pipe.vae, miscaption(labels, MISCAPTIONED)
+    cfg = Config(**TINY)
+    vae = pipe.vae
+    captions = miscaption(labels, MISCAPTIONED)
     with torch.no_grad():
         *text, _ = pipe.encode_prompt(
             reward.TINY_PROMPTS, None, max_sequence_length=cfg.text_length)
@@ -1731,8 +1740,10 @@ def build_tiny_flux(pipe, images, labels):
 
     def loss(rows):
         t = torch.randn(len(rows), 1, 1).sigmoid()
-        sigma, noise = cfg.shift * t / (1 + (cfg.shift - 1) * t), torch.randn_like(z[rows])
-        x, inputs = (1 - sigma) * z[rows] + sigma * noise, [c[captions[rows]] for c in text]
+        sigma = cfg.shift * t / (1 + (cfg.shift - 1) * t)
+        noise = torch.randn_like(z[rows])
+        x = (1 - sigma) * z[rows] + sigma * noise
+        inputs = [tensor[captions[rows]] for tensor in text]
         v = velocity(transformer, x, sigma, inputs, image_ids(8, 8), cfg.guidance, bf16=False)
         return F.mse_loss(v, noise - z[rows])
 
@@ -1900,21 +1911,12 @@ def remove_or_warn(path):
 def replay(cfg, prompts):
     """Replay a record and return whether it agrees. Nothing is written but embeddings of
     prompts, to a temporary folder of the first process."""
-    device, rank, world = start_processes(cfg)
+    device, rank, world = init_distributed(cfg)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(cfg, prompts, Path(gather(folder)[0]), device, rank, world)
         for step in range(cfg.steps):
             train_step(step, run)
         return run.tape.verdict()
-
-def start_processes(cfg):
-    """Set what must be set before the device is used, and join the other processes."""
-    if cfg.deterministic:
-        reward.make_deterministic(cfg.seed)
-    device, rank, world = init_distributed(cfg.device)
-    if cfg.compile:
-        reward.check_compile(device)
-    return device, rank, world
 
 def main(argv=None):
     cfg, step_prompts = read_command_line(argv)
@@ -1938,7 +1940,7 @@ def start_run(cfg, prompts):
     if checkpoint:
         changes = check_same_experiment(cfg, checkpoint)
 
-    device, rank, world = start_processes(cfg)
+    device, rank, world = init_distributed(cfg)
     if changes and rank == 0:
         print(f"changed since step {step_of(checkpoint)}: {changes}")
     lock = FileLock(out / "lock", timeout=0)
@@ -1951,8 +1953,7 @@ def start_run(cfg, prompts):
         run = Run(cfg, prompts, out, device, rank, world)
         info = describe_run(replace(cfg, dtype=run.cfg.dtype), device)
         if cfg.record and rank == 0:
-            with bad_input_if_fails(f"--record {cfg.record}: must be a new folder"):
-                Path(cfg.record).mkdir(parents=True)
+            Path(cfg.record).mkdir(parents=True)
             write_json(Path(cfg.record) / "config.json", info | {"step_prompts": prompts[0]})
         gather(None)  # the folder of the record is there
         train(run, info, checkpoint)
