@@ -717,8 +717,8 @@ class Config:
             elif f.type is not bool:
                 low, high = f.type.__metadata__
                 require(low <= value <= high, f"{given}: must be from {low} to {high}")
-            choices = CHOICES.get(f.name)
-            require(not choices or value in choices, f"{given}: must be one of {choices}")
+            choices = CHOICES.get(f.name, [value])
+            require(value in choices, f"{given}: must be one of {', '.join(map(str, choices))}")
         for name in ("height", "width"):
             value = getattr(self, name)
             require(value % 16 == 0, f"--{name} {value}: must be a multiple of 16")
