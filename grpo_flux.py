@@ -16,11 +16,12 @@ much each difference matters):
     - Rollout and update use one batch size, so the first ratio is exactly 1.
     - Every random draw has a key (seed, purpose, step, prompt_index, sample, t): the same
       noise on every device, at every batch size and number of processes.
-    - With bf16 only the models compute in bf16; SDE steps, images and scores are fp32.
+    - bf16 is for the models' forward and backward; SDE steps, images and scores stay fp32.
     - The VAE decodes without tiles; with FLUX.1's, tiles would differ above 1024 pixels only.
-    - Equal rewards of a group give advantages of 0; an optimizer step of them is left out.
+    - Equal rewards of a group give advantages of 0; an optimizer step without any other
+      advantage is left out.
 
-    python grpo_flux.py         # a tiny FLUX, on a laptop; below FLUX.1-dev, on eight GPUs
+    python grpo_flux.py  # a tiny FLUX, on a laptop
     torchrun --nproc_per_node 8 grpo_flux.py --model FLUX.1-dev --prompts prompts.txt
 
 Letters in shapes: B samples of this process, b of a micro-batch; P prompts, G samples of a
@@ -43,7 +44,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections import defaultdict, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -81,8 +82,8 @@ on_draw = None  # --record and --replay put a function (draw, key) -> draw here
 def randn(shape, *key):
     """Draw standard normal fp32 numbers of this shape; equal keys give equal numbers anywhere.
 
-    key: (seed, purpose, step, prompt_index, sample, t) or a prefix of it. numpy's sampler
-    rarely calls the system's libm, and rounding to fp32 hides the last bit of a difference.
+    key: integers of which the first two are the seed and the purpose, such as (seed, NOISE,
+    step, prompt_index, sample, t). Drawn by numpy on the CPU, the same for every device.
     """
     numbers = np.random.default_rng(key).standard_normal(shape)
     draw = torch.from_numpy(numbers.astype(np.float32))
@@ -110,8 +111,7 @@ def sigma_schedule(sampling_steps: int, shift: float) -> list[float]:
     us = [1 - t / sampling_steps for t in range(sampling_steps + 1)]
     return [shift * u / (1 + (shift - 1) * u) for u in us]
 
-def flux_step(v, x, sigma, sigma_next, eta, sde="dance",
-              noise=None, x_next=None):
+def flux_step(v, x, sigma, sigma_next, eta, sde="dance", noise=None, x_next=None):
     """Take one denoising step σ -> σ', or score one that was taken: (x_next, x0, logp).
 
     A rectified flow interpolates image and noise, x = (1 - σ) x0 + σ x1, and the model
@@ -120,14 +120,14 @@ def flux_step(v, x, sigma, sigma_next, eta, sde="dance",
     see sde_mean_std.
 
     v, x, noise, x_next: (B, L, C) fp32. sigma, sigma_next: floats or tensors (B, 1, 1). Give
-    exactly one of noise, to take a step, and x_next, to score one. With eta = 0, as for the
-    last step (σ' = 0), it is the ODE's and needs neither. Raises ValueError for another sde
-    than dance, flow or cps.
+    exactly one of noise, to take a step, and x_next, to score one. eta = 0 takes the ODE's
+    step and needs neither; the last step, to σ' = 0, must be one. Raises ValueError for another
+    sde than dance, flow or cps.
 
     Returns x_next (B, L, C); x0 (B, L, C), the image that v points to; and logp (B,), the mean
-    over L and C of log N(x_next; mean, std²), nan if eta = 0. A sum over all L C numbers would
-    make the ratio exp(logp - logp_old) 0 or infinite after any update. The mean makes it the
-    (L C)-th root of that, so the clip range is 1e-4 and not 0.2.
+    over L and C of log N(x_next; mean, std²), nan if eta = 0. With the sum over all L C numbers
+    the ratio exp(logp - logp_old) would be 0 or infinite after any update. The mean gives the
+    (L C)-th root of this ratio, which is near 1: so the clip range is 1e-4 and not 0.2.
     """
     if sde not in ("dance", "flow", "cps"):
         raise ValueError(f"sde {sde!r} must be dance, flow or cps")
@@ -157,12 +157,12 @@ def sde_mean_std(v, x, sigma, sigma_next, eta, sde="dance"):
     under the ODE. x given x0 is N((1 - σ) x0, σ²); by Tweedie's formula the score is that of
     this Gaussian, with the mean of x0 given x, which is x - σ v, as x0. With dt = σ' - σ < 0:
 
-      dance  score = -(x - (1 - σ) x0) / σ²;  mean = x + v dt - ½ η² score dt;  std = η√-dt
-             (DanceGRPO, arXiv 2505.07818)
+      dance  score = -(x - (1 - σ) x0) / σ²;  mean = x + v dt - ½ η² score dt;
+             std = η √(-dt) (DanceGRPO, arXiv 2505.07818)
       flow   the same with η √(σ / (1 - σ)) for η; at σ = 1, where that divides by 0, 1 - σ'
              takes the place of 1 - σ (Flow-GRPO, arXiv 2505.05470)
       cps    std = σ' sin(η π/2);  mean = (1 - σ') x0 + √(σ'² - std²) x1; x keeps
-             the noise of σ', but the images vary less (Flow-CPS, arXiv 2509.05952)
+             the noise of σ', but images vary less than with dance (Flow-CPS, arXiv 2509.05952)
 
     sigma, sigma_next: tensors that broadcast to (B, 1, 1), as std does. eta above 0.
     """
@@ -199,7 +199,7 @@ def gaussian_kl(v, v_reference, x, sigma, sigma_next, eta, sde="dance"):
 def group_advantages(rewards, num_generations, eps=1e-8):
     """Return the advantage of each reward within its group: (r - mean) / (std + eps).
 
-    rewards (P G,), group after group. Unbiased std, as in DanceGRPO. A group of equal rewards
+    rewards (P G,), prompt after prompt. Unbiased std, as in DanceGRPO. A group of equal rewards
     gets exactly 0: the formula alone would divide the rounding error of its mean by eps.
     """
     r = rewards.view(-1, num_generations)  # (P, G)
@@ -238,10 +238,11 @@ def plan_step(step, cfg, rank=0, world=1):
     """Return the keys (step, prompt_index, sample) of this process's samples, B = P G / world.
 
     The samples are in the order of training, S for each optimizer step: whole groups if S is a
-    multiple of G, else S / P images of every prompt, as in DanceGRPO. Each process takes an
-    equal, contiguous part of each S. As prompt.sample: P = 2, G = 4, S = 4 gives 0.0 0.1 0.2
-    0.3 | 1.0 1.1 1.2 1.3, and the first of two processes has 0.0 0.1 | 1.0 1.1. P = 2, G = 3,
-    S = 2 gives 0.0 1.0 | 0.1 1.1 | 0.2 1.2.
+    multiple of G, else S / P images of every prompt, as in DanceGRPO. Each process makes an
+    equal part of each S, in one piece. For example, as prompt.sample, optimizer steps by |:
+
+      P = 2, G = 4, S = 4: 0.0 0.1 0.2 0.3 | 1.0 1.1 1.2 1.3; rank 0 of two: 0.0 0.1 | 1.0 1.1
+      P = 2, G = 3, S = 2: 0.0 1.0 | 0.1 1.1 | 0.2 1.2
     """
     P, G, S = cfg.num_prompts, cfg.num_generations, cfg.batch_size
     in_a_row = G if S % G == 0 else S // P  # consecutive images of one prompt
@@ -252,7 +253,7 @@ def plan_step(step, cfg, rank=0, world=1):
 
     share = S // world
     mine = []
-    for start in range(rank * share, P * G, S):  # its part of each S
+    for start in range(rank * share, P * G, S):  # its part of each optimizer step
         mine += order[start:start + share]
     return mine
 
@@ -260,10 +261,10 @@ def sde_steps(step, cfg):
     """Return the range of denoising steps that are SDE steps in a GRPO step.
 
     All but the last, or a window of W (MixGRPO, Li et al., arXiv 2507.21802), which moves by
-    one every window_shift_every GRPO steps (0: at random). The others are ODE steps.
+    one every window_shift_every GRPO steps (0: it is drawn for each). The others are ODE steps.
     """
     T, W = cfg.sampling_steps, cfg.sde_window
-    if W == 0:
+    if W == 0:  # no window
         return range(T - 1)
     if cfg.window_shift_every:
         start = step // cfg.window_shift_every % (T - W)
@@ -275,14 +276,14 @@ def sde_steps(step, cfg):
 def num_train_steps(cfg):
     """Return K, the number of its W SDE steps that a sample trains on.
 
-    timestep_fraction 0 means DanceGRPO's 0.6. It means all W with a window, which is there to
-    be trained, or if W < 8: 0.6 of the 3 SDE steps of a 4-step model would leave 1.
+    timestep_fraction 0 chooses: all W of a window, which is there to be trained, and all W
+    below 8, as 0.6 of the 3 SDE steps of a 4-step model would leave 1; else DanceGRPO's 0.6.
     """
     W = cfg.sde_window or cfg.sampling_steps - 1
     fraction = cfg.timestep_fraction
     if fraction == 0:
         fraction = 1 if cfg.sde_window or W < 8 else 0.6
-    return max(1, int(fraction * W + 1e-9))  # 0.29 * 100 is 28.999...
+    return max(1, int(fraction * W + 1e-9))  # 1e-9: 0.29 * 100 is 28.999...
 
 Trajectory = namedtuple("Trajectory", [
     "sigmas",  # (T + 1,)
@@ -303,12 +304,11 @@ def rollout(predict, x, text, keys, cfg, eta, window=None):
     cfg has sampling_steps, shift, sde, seed, micro_batch and init_same_noise.
     """
     T = cfg.sampling_steps
-    sigmas = torch.tensor(sigma_schedule(T, cfg.shift))
-    sigmas = send(sigmas, x.device)
-    if window is None:
-        window = range(T - 1)
+    sigmas = send(torch.tensor(sigma_schedule(T, cfg.shift)), x.device)
     if eta == 0:
         window = range(0)
+    elif window is None:
+        window = range(T - 1)
     denoise_steps = partial(
         denoise, predict, sigmas=sigmas, window=window, cfg=cfg, eta=eta)
 
@@ -355,7 +355,7 @@ def denoise(predict, x, text, keys, steps, sigmas, window, cfg, eta):
 
         states, logps = [], []
         for t in steps:
-            # (b, 1, 1), as in update: equal shapes run equal kernels, so the first ratio is 1
+            # (b, 1, 1), as in update: other shapes may run other kernels, which round otherwise
             sigma = sigmas[t].expand(len(x_t), 1, 1)
             sigma_next = sigmas[t + 1].expand(len(x_t), 1, 1)
             v = predict(x_t, sigma, text_part)
@@ -415,11 +415,11 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg,
     for rows, is_useful in zip(batches, useful):
         if not is_useful:
             continue
-        sums = {}  # and one maximum; they stay on the device until the optimizer step
+        totals = {}  # they stay on the device until the optimizer step
         for name in ("loss", "ratio", "clip_frac", "kl", "ratio_max_dev"):
-            sums[name] = torch.zeros((), device=device)
-        transitions = len(rows) * K
+            totals[name] = torch.zeros((), device=device)
 
+        transitions = len(rows) * K
         for part in rows.split(cfg.micro_batch):
             text_part = [tensor[part] for tensor in text]
 
@@ -449,44 +449,43 @@ def update(predict, optimizer, trajectory, text, advantages, keys, cfg,
                 (loss * len(part) / transitions).backward()
                 stats["loss"] = loss.detach()
                 largest = stats.pop("ratio_max_dev")
-                sums["ratio_max_dev"] = torch.maximum(sums["ratio_max_dev"], largest)
+                totals["ratio_max_dev"] = torch.maximum(totals["ratio_max_dev"], largest)
                 for name, value in stats.items():
-                    sums[name] += value * len(part) / transitions
+                    totals[name] += value * len(part) / transitions
 
-        limit = math.inf if history else first_ratio_limit
-        history.append(optimizer_step(optimizer, sums, cfg.max_grad_norm, limit))
+        is_first = not history  # the policy is still that of the rollout
+        limit = first_ratio_limit if is_first else math.inf
+        history.append(optimizer_step(optimizer, totals, cfg.max_grad_norm, limit))
         if report:
             report(history[-1])
     return summarize(history)
 
-def optimizer_step(optimizer, sums, max_grad_norm, first_ratio_limit=math.inf):
+def optimizer_step(optimizer, totals, max_grad_norm, first_ratio_limit=math.inf):
     """Clip the gradient, step if its norm is finite, and return the statistics as floats."""
     parameters = optimizer.param_groups[0]["params"]  # there is one group
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     if hasattr(norm, "full_tensor"):  # a DTensor under FSDP
         norm = norm.full_tensor()
-    sums["grad_norm"] = norm
-    values = torch.stack(list(sums.values()))
-    stats = dict(zip(sums, values.tolist()))  # the one transfer to the host
+    names = [*totals, "grad_norm"]
+    values = torch.stack([*totals.values(), norm]).tolist()  # one transfer to the host
+    stats = dict(zip(names, values))
 
     if stats["ratio_max_dev"] > first_ratio_limit:
         raise FloatingPointError(
-            f"the first ratio is off by {stats['ratio_max_dev']:.1e}, though the policy is "
-            "still that of the rollout: rollout and update compute different velocities "
-            "(latents rounded to bf16, dtype, batch size, dropout, kernels: try "
-            "--deterministic)")
+            f"the first ratio is off by {stats['ratio_max_dev']:.1e}, though the policy is still "
+            "that of the rollout: rollout and update compute different velocities. Likely "
+            "causes: latents rounded to bf16, another dtype or batch size, dropout, kernels "
+            "(try --deterministic)")
     if math.isfinite(stats["grad_norm"]):  # equal in all processes: all step, or none
         optimizer.step()
     optimizer.zero_grad()
     return stats
 
 def summarize(history):
-    """Return means over the optimizer steps taken, counts of those taken and skipped, and the
-    first and largest |ρ - 1| of both. If none was taken, the means are absent."""
-    taken = []
-    for stats in history:
-        if math.isfinite(stats["grad_norm"]):
-            taken.append(stats)
+    """Return means over the optimizer steps taken, which are absent if there was none; the
+    numbers of those taken and of those skipped, as their gradient was not finite; and, for
+    metrics that end in _dev, the first and the largest |ρ - 1| of all."""
+    taken = [stats for stats in history if math.isfinite(stats["grad_norm"])]
     summary = {}
     if taken:
         for name in ("loss", "ratio", "clip_frac", "kl", "grad_norm"):
@@ -504,13 +503,13 @@ def summarize(history):
 
 def train_step(step, run):
     """Take GRPO step number `step`, from 0. Return scores {reward: (P G,)} and advantages
-    (P G,) of all processes, group by group, and the statistics of this process's update."""
+    (P G,) of all processes, group after group, and the statistics of this process's update."""
     cfg, policy, tape = run.cfg, run.policy, run.tape
     G = cfg.num_generations
     tape.open(step)  # --record and --replay; without them the tape does nothing
     window = sde_steps(step, cfg)
 
-    # 1. Plan: which samples of which prompts are this process's.
+    # 1. Plan which images this process makes.
     keys = plan_step(step, cfg, run.rank, run.world)
     prompts = [run.step_prompts[step][p] for _, p, _ in keys]
     text = run.text(prompts)
@@ -532,22 +531,21 @@ def train_step(step, run):
     scores = reward.score(run.rewards, images, prompts, f"step {step + 1}")  # {name: (B,)}
     tape.note("reward", *scores.values())
 
-    # 5. Compare each image with its group. A group may lie in several processes, so all scores
-    # are gathered, and `order` sorts them by prompt_index * G + sample: [0 1 4 5 2 3 6 7] for
-    # two ranks with rows [0 1 4 5] and [2 3 6 7].
+    # 5. Compare each image with its group. It may lie in several processes: gather all scores,
+    # and sort them by row = prompt_index * G + sample. Two ranks with rows [0 1 4 5] and
+    # [2 3 6 7] need the order [0 1 4 5 2 3 6 7].
     rows = torch.tensor([p * G + i for _, p, i in keys])
     order = torch.cat(gather(rows)).argsort()
     for name, mine in scores.items():
         scores[name] = torch.cat(gather(mine))[order]  # (P G,)
     advantages = torch.zeros(len(order))
     for name, (weight, _) in run.rewards.items():
-        if weight:
-            advantages += weight * group_advantages(scores[name], G)
+        advantages += weight * group_advantages(scores[name], G)
     tape.note("advantages", advantages[rows])
 
     # 6. Train. An optimizer step whose advantages are 0 in all processes is left out.
-    rows_in_order = [p * G + i for _, p, i in plan_step(step, cfg)]
-    nonzero = advantages[rows_in_order].view(-1, cfg.batch_size) != 0
+    training_order = [p * G + i for _, p, i in plan_step(step, cfg)]
+    nonzero = advantages[training_order].view(-1, cfg.batch_size) != 0
     useful = nonzero.any(dim=1).tolist()
     predict = tape.watch("velocity_in_update", policy.predict)
     history = []  # the statistics of each optimizer step
@@ -555,8 +553,8 @@ def train_step(step, run):
         predict, policy.optimizer, trajectory, text, advantages[rows], keys, cfg,
         policy.reference, window, useful, run.first_ratio_limit, history.append)
     tape.close(history)
-    # Not one gradient was finite: nothing has been trained, so stop.
-    if history and not stats["updates"] and not cfg.replay:
+    nothing_finite = history and stats["updates"] == 0
+    if nothing_finite and not cfg.replay:
         raise FloatingPointError(explain_gradient(step, history, policy.steps_taken()))
     policy.update_ema(cfg.ema_decay)
     return scores, advantages, stats
@@ -596,36 +594,32 @@ def draw_latents(keys, shape, cfg):
 
 def pack_latents(z):
     """(B, c, h, w) -> (B, h/2 * w/2, 4c): each 2x2 patch becomes a token, in FLUX's order."""
-    B, c, h, w = z.shape
-    z = z.reshape(B, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return z.reshape(B, (h // 2) * (w // 2), 4 * c)
+    patches = F.pixel_unshuffle(z, 2)  # (B, 4c, h/2, w/2)
+    return patches.flatten(2).transpose(1, 2).contiguous()
 
 def unpack_latents(x, h, w):
     """(B, h/2 * w/2, 4c) -> (B, c, h, w), the inverse; h and w count latent pixels."""
-    B, _, C = x.shape
-    x = x.reshape(B, h // 2, w // 2, C // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return x.reshape(B, C // 4, h, w)
+    patches = x.transpose(1, 2).unflatten(2, (h // 2, w // 2))  # (B, 4c, h/2, w/2)
+    return F.pixel_shuffle(patches, 2).contiguous()
 
 def image_ids(h, w):
     """(h/2 * w/2, 3): the position (0, row, column) of each token, for the rotary
     embedding."""
-    rows, columns = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
-    positions = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1)
-    return positions.view(-1, 3).float()
+    rows = torch.arange(0.0, h // 2)
+    columns = torch.arange(0.0, w // 2)
+    return torch.cartesian_prod(torch.zeros(1), rows, columns)
 
 @torch.no_grad()
 def decode(vae, x0, grid, micro_batch):
-    """Decode latents (B, L, C) of a grid (h, w) to images (B, 3, H, W) in [0, 1], without
-    tiling.
-
-    They are rounded to 8 bits, so that a reward sees what a file of the image would hold.
-    """
+    """Decode latents (B, L, C) of a grid (h, w) to images (B, 3, height, width) in [0, 1],
+    without tiling. They are rounded to 8 bits: a reward sees what a file would hold."""
     images = []
     for part in x0.split(micro_batch):
         z = unpack_latents(part, *grid)
         z = z / vae.config.scaling_factor + vae.config.shift_factor
-        image = vae.decode(z.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5
-        images.append((image.clamp(0, 1) * 255).round() / 255)
+        decoded = vae.decode(z.to(vae.dtype), return_dict=False)[0].float()  # in [-1, 1]
+        image = (decoded / 2 + 0.5).clamp(0, 1)
+        images.append((image * 255).round() / 255)
     return torch.cat(images)
 
 # ---------------------------------------------------------------------------------- config
@@ -778,9 +772,9 @@ class Tape:
     trained, and window_STEP. STEP counts from 1, all others from 0; SAMPLE is 0 in
     initial_noise if a group shares it. Results are STAGE.NUMBER, with a row for each sample
     of the process in the order of plan_step. For velocity and velocity_in_update NUMBER
-    counts the calls of predict; on another number of processes they are other calls, and are
-    not compared. loss and grad_norm are single numbers, means over processes, and NUMBER
-    counts optimizer steps.
+    counts the calls of predict; with another micro-batch or number of processes they are other
+    calls, and are not compared. loss and grad_norm are single numbers, means over processes;
+    NUMBER counts optimizer steps, of which the first of a GRPO step is compared.
     """
 
     def __init__(self, cfg, rank, world):
@@ -793,6 +787,7 @@ class Tape:
     def open(self, step):
         """Begin a GRPO step with no results, and for a replay with those recorded."""
         self.step, self.results, self.recorded = step, {}, {}
+        self.counts = Counter()  # of each stage's results
         if self.cfg.replay:
             self.read()
 
@@ -841,7 +836,8 @@ class Tape:
         if not self.active:
             return results[0]
         for result in results:
-            number = sum(name.startswith(f"{stage}.") for name in self.results)
+            number = self.counts[stage]
+            self.counts[stage] += 1
             value = torch.as_tensor(result).detach().to("cpu", torch.float32, copy=True)
             self.results[f"{stage}.{number}"] = value.contiguous()
         if stage == "images" and "images.0" in self.recorded:
@@ -869,8 +865,10 @@ class Tape:
         if stage not in TOLERANCES:
             return  # a draw
         if stage in ("loss", "grad_norm") and number != "0":
-            return  # AdamW has amplified by now which ratios are clipped
+            return  # AdamW has by now amplified what rounding has changed
         result = self.results.get(name)
+        if stage.startswith("velocity") and (result is None or result.shape != recorded.shape):
+            return  # another micro-batch, so these are other calls
         error = math.inf  # of what was not computed, or is not finite
         if result is not None and result.shape == recorded.shape:
             error = (result - recorded).abs().mean().nan_to_num(math.inf).item()
@@ -889,7 +887,9 @@ class Tape:
             rows = [row for row in errors if row[1] == place]
             wrong = [row for row in rows if row[-1] > limit]
             off += wrong
-            word = "OFF" if wrong else "OK" if rows else "not compared"
+            word = "OK" if rows else "not compared"
+            if wrong:
+                word = "OFF"
             count = sum(row[3] for row in rows)
             worst = max((row[4] for row in rows), default=0)
             lines.append(f"{stage:18}{count:13}{worst:12.1e}{limit:12.1e} {measure:9}{word}")
@@ -928,7 +928,7 @@ def init_distributed(cfg):
     if "RANK" not in os.environ:
         return device, 0, 1
     backend = dist.get_default_backend_for_device(device)
-    if reward.is_accelerator(device):  # gloo carries objects: HCCL lacks collectives they need
+    if reward.is_accelerator(device):  # gloo carries Python objects, which HCCL cannot
         backend = f"cpu:gloo,{device.type}:{backend}"
     with bad_input_if_fails("RANK is set, but not all of torchrun's variables: unset it, or use "
                             "torchrun"):
@@ -1058,13 +1058,13 @@ def prepare_policy(transformer, cfg):
 
     # Spread the blocks that recompute their activations evenly: share 0.5 takes every second one.
     share = cfg.gradient_checkpointing
-    chosen = []
+    chosen = set()
     for i, block in enumerate(blocks(transformer)):
         if int((i + 1) * share) > int(i * share):
-            chosen.append(id(block))
+            chosen.add(block)
 
     def call(block, *inputs):
-        if id(block) in chosen:
+        if block in chosen:
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
@@ -1153,7 +1153,7 @@ class Policy:
             self.parameters.values(), cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
         self.optimizer.register_step_pre_hook(lambda *_: self.check_gradients())
         self.optimizer.register_step_post_hook(lambda *_: self.pass_on_weights())
-        for p in self.parameters.values():  # as AdamW's first step would; a checkpoint needs them
+        for p in self.parameters.values():  # AdamW's first step would; load needs it before
             self.optimizer.state[p] = dict(step=torch.zeros((), device=p.device),
                                            exp_avg=torch.zeros_like(p),
                                            exp_avg_sq=torch.zeros_like(p))
@@ -1187,7 +1187,8 @@ class Policy:
         missing = [name for name, p in self.parameters.items() if p.grad is None]
         require(not missing, f"--attention {self.attention}: {len(missing)} of "
                 f"{len(self.parameters)} trained parameters got no gradient, such as "
-                f"{missing[:1]}: this attention has no backward; choose another, such as native")
+                f"{' '.join(missing[:1])}: this attention has no backward; choose another, such as "
+                "native")
 
     @torch.no_grad()
     def pass_on_weights(self):
@@ -1321,11 +1322,12 @@ class Run:
     def encode_prompts(self, cfg):
         """Embed the prompts of the run, once, by its first process: {prompt: file in
         out/.text}."""
-        diffusers.logging.set_verbosity_error()  # else it prints what it cuts, whatever that holds
+        diffusers.logging.set_verbosity_error()  # else it prints the text that it cuts off
         folder = self.out / ".text"
+        model = fingerprint(cfg.model)
         files = {}
         for prompt in {*self.eval_prompts, *itertools.chain(*self.step_prompts[:cfg.steps])}:
-            about = f"{cfg.model} {cfg.text_length} {cfg.dtype} {prompt}"
+            about = f"{model} {cfg.text_length} {cfg.dtype} {prompt}"
             name = hashlib.sha256(about.encode()).hexdigest()[:32]
             files[prompt] = folder / f"{name}.safetensors"
         missing = [prompt for prompt, file in files.items() if not file.exists()]
@@ -1374,6 +1376,7 @@ class Run:
         cfg = self.cfg
         count = cfg.eval_images
         share = math.ceil(count / self.world)
+        # All processes make equally many: what exceeds the count repeats, and is cut off below.
         mine = [i % count for i in range(self.rank * share, (self.rank + 1) * share)]
         prompts = [self.eval_prompts[i % len(self.eval_prompts)] for i in mine]
         noise = torch.stack([randn(self.shape, 0, HELD_OUT, i) for i in mine])
@@ -1386,7 +1389,7 @@ class Run:
         values = {}
         for name, score in self.label(scores).items():
             values["held_out" if name == "reward" else f"held_out_{name}"] = score
-        if images.shape[2:] == (32, 32) and set(prompts) <= set(reward.TINY_PROMPTS):
+        if images.shape[2:] == (32, 32) and set(self.eval_prompts) <= set(reward.TINY_PROMPTS):
             values |= reward.judge_tiny(images, prompts, self.rewards)
         shown = torch.cat(gather(images[:24].cpu()))[:min(24, count)]
         if self.rank == 0:
@@ -1597,9 +1600,10 @@ def find_checkpoint(cfg, out):
     if not own and cfg.resume in ("auto", "none"):
         return None
     folder = own[-1] if own else Path(cfg.resume)
-    passed = [Path("none"), *own[:-1]]
-    require(not own or Path(cfg.resume).resolve() not in [path.resolve() for path in passed],
-            f"--resume {cfg.resume}: {out} has gone on to {folder}; give that, or another --out")
+    passed = [path.resolve() for path in [Path("none"), *own[:-1]]]
+    require(not own or Path(cfg.resume).resolve() not in passed,
+            f"--resume {cfg.resume}: {out} has gone on to {folder}; give that, or remove {out}, or "
+            "give another --out")
     with bad_input_if_fails(
             f"--resume {cfg.resume}: {folder} is not a whole checkpoint, such as RUN/checkpoints/"
             "step_00020 with its manifest.json; remove it to continue from the one before"):
@@ -1612,11 +1616,11 @@ def find_checkpoint(cfg, out):
 
 def check_same_experiment(cfg, folder):
     """Refuse to resume another experiment than the checkpoint's. Return the flags of the
-    update that have changed since, as text."""
+    update that have changed since, as text such as ", kl_beta 0.0 -> 0.1"."""
     with bad_input_if_fails(f"--resume {folder}: must lie in a run with its config.json"):
         then = json.loads((folder.parent.parent / "config.json").read_text())
         fingerprints = then["fingerprints"]
-    changes = []
+    changes = ""
     for f in fields(Config):
         ours = getattr(cfg, f.name)
         theirs = value_type(f)(then.get(f.name, f.default))
@@ -1626,11 +1630,12 @@ def check_same_experiment(cfg, folder):
         if equal or f.name in FREE + LOCAL:
             continue
         content = " with the same content" if f.name in FILE_FLAGS else ""
-        require(f.name in TUNED,
+        no_average = f.name == "ema_decay" and theirs == 0  # to begin with
+        require(f.name in TUNED and not no_average,
                 f"--{f.name} {ours}: must be {theirs or '(not given)'}{content}, as in the run of "
                 f"{folder}; or give another --out")
-        changes.append(f"{f.name} {theirs} -> {ours}")
-    return ", ".join(changes)
+        changes += f", {f.name} {theirs} -> {ours}"
+    return changes
 
 # ------------------------------------------------------------------------------- tiny FLUX
 
@@ -1764,7 +1769,7 @@ def read_command_line(argv):
     for line in inspect.getsource(Config).split("\n"):
         code, _, comment = line.strip().partition("# ")
         name = code.partition(":")[0]
-        if not code:
+        if not code:  # a comment alone begins a group
             group = parser.add_argument_group(comment)
         elif name in flags:
             add_flag(group, flags[name], comment)
@@ -1852,9 +1857,9 @@ def train(run, info, checkpoint):
         run.open(info, done)
         print_plan(run)
     received = list_stop_signals()
-    begin = time.monotonic()
     if done == 0:
         run.write({"step": 0} | run.evaluate(0))
+    begin = time.monotonic()
 
     silent = 0  # GRPO steps in a row in which no group had two different rewards
     bar = tqdm(range(done + 1, cfg.steps + 1), "GRPO", cfg.steps, initial=done, unit="step",
@@ -1881,7 +1886,7 @@ def train(run, info, checkpoint):
                 for folder in checkpoints(out)[:-cfg.keep_last]:
                     remove_or_warn(folder)
         if stop:
-            sys.exit(130 if signal.SIGINT in received else 0)
+            sys.exit(130 if signal.SIGINT in received else 0)  # a scheduler's signal is no failure
 
     if policy.steps_taken() == 0:
         raise FloatingPointError("no optimizer step was taken, as all images of a prompt had equal "
@@ -1939,10 +1944,12 @@ def start_run(cfg, prompts):
     changes = ""
     if checkpoint:
         changes = check_same_experiment(cfg, checkpoint)
+        require(not cfg.record, f"--record {cfg.record}: must be from the first step on, but the "
+                f"run continues from {checkpoint}; give another --out")
 
     device, rank, world = init_distributed(cfg)
-    if changes and rank == 0:
-        print(f"changed since step {step_of(checkpoint)}: {changes}")
+    if checkpoint and rank == 0:
+        print(f"continuing from {checkpoint}{changes}")
     lock = FileLock(out / "lock", timeout=0)
     if rank == 0:
         with bad_input_if_fails(f"--out {out}: must be a folder that can be written to, and that "
