@@ -1290,13 +1290,7 @@ class Run:
     def __init__(self, cfg, prompts, out, device, rank, world):
         self.out, self.device, self.rank, self.world = out, device, rank, world
         self.step_prompts, self.eval_prompts = prompts
-        if cfg.dtype == "auto":
-            cfg = replace(cfg, dtype="bf16" if reward.is_accelerator(device) else "fp32")
-        reward.check_attention(cfg.attention, device, DTYPES[cfg.dtype], cfg.deterministic)
-        if cfg.model == "tiny":
-            cfg = replace(cfg, **tiny_models(cfg, rank))
-        cfg = replace(cfg, micro_batch=equal_micro_batch(cfg, world))
-
+        self.cfg = cfg = complete(cfg, device, rank, world)
         self.rewards = {}
         for name, weight in reward.parse_rewards(cfg.reward).items():
             source = getattr(cfg, name, "")
@@ -1304,16 +1298,13 @@ class Run:
             function = reward.load_reward(name, source, arch, device, cfg.reward_fp32)
             self.rewards[name] = weight, function
         with model_errors(cfg.model):
-            config = read_model_config(cfg.model)
-            if not config["guidance_embeds"]:  # FLUX.1-schnell takes shorter texts
-                cfg = replace(cfg, text_length=min(cfg.text_length, 256))
-            self.cfg = cfg
             self.text_files = self.encode_prompts(cfg)
             self.vae = diffusers.AutoencoderKL.from_pretrained(
                 cfg.model, subfolder="vae", dtype=DTYPES[cfg.dtype], use_safetensors=True)
             self.vae.to(device).requires_grad_(False)
             pixels = 2 ** (len(self.vae.config.block_out_channels) - 1)  # a side of a latent pixel
-            self.shape = config["in_channels"] // 4, cfg.height // pixels, cfg.width // pixels
+            channels = self.vae.config.latent_channels
+            self.shape = channels, cfg.height // pixels, cfg.width // pixels
             self.policy = Policy(cfg, self.shape[1:], device)
         self.tape = Tape(cfg, rank, world)
         self.first_ratio_limit = math.inf if cfg.replay else FIRST_RATIO_LIMIT
@@ -1448,11 +1439,22 @@ def explain_gradient(step, history, taken):
             f"step {step + 1}, after {taken} earlier ones; the loss, and so the forward, was {loss}"
             f". Likely causes, in this order: {causes}")
 
-def equal_micro_batch(cfg, world):
-    """Return the largest number up to --micro_batch that divides a process's part of S:
-    rollout and update then use the same one in every call."""
+def complete(cfg, device, rank, world):
+    """Return cfg with what it leaves open: dtype, tiny models, text length, micro-batch."""
+    if cfg.dtype == "auto":
+        cfg = replace(cfg, dtype="bf16" if reward.is_accelerator(device) else "fp32")
+    reward.check_attention(cfg.attention, device, DTYPES[cfg.dtype], cfg.deterministic)
+    if cfg.model == "tiny":
+        cfg = replace(cfg, **tiny_models(cfg, rank))
+    with model_errors(cfg.model):
+        if not read_model_config(cfg.model)["guidance_embeds"]:
+            cfg = replace(cfg, text_length=min(cfg.text_length, 256))  # FLUX.1-schnell's limit
+
+    # Rollout and update use the same micro-batch in every call: the largest up to --micro_batch
+    # that divides a process's part of S.
     part = cfg.batch_size // world
-    return max(n for n in range(1, cfg.micro_batch + 1) if part % n == 0)
+    fitting = [n for n in range(1, cfg.micro_batch + 1) if part % n == 0]
+    return replace(cfg, micro_batch=fitting[-1])
 
 def model_errors(model):
     """Turn errors of loading a model into one line about --model."""
