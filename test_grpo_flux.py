@@ -298,12 +298,11 @@ def test_published_numbers():
 def test_algorithm_can_be_cut_out():
     """A function of the algorithm that needs the tape, the processes or more than torch and numpy:
     cut out, the sections from draws to update give the same weights and statistics."""
-    imports = ["import math, torch, numpy as np", "from functools import partial",
-               "from collections import namedtuple"]
+    imports = ("import math, torch, numpy as np\nfrom functools import partial\n"
+               "from collections import namedtuple\n")
     sections = r"(?ms)^# -+ draws$.*(?=^# -+ a GRPO step$)"
-    code = re.findall(sections, inspect.getsource(grpo_flux))
     alone = types.ModuleType("alone")
-    exec("\n".join(imports + code), vars(alone))
+    exec(imports + re.search(sections, inspect.getsource(grpo_flux))[0], vars(alone))
     cfg, ends = settings(sampling_steps=6, sde_window=3, batch_size=6, kl_beta=0.1), []
     for module in (alone, grpo_flux):
         W, _, trajectory, update = linear_policy(cfg, module, step=1)
@@ -549,21 +548,21 @@ class Transfers(TorchDispatchMode):
 def test_nothing_waits_for_the_device(tiny, monkeypatch):
     """.item(), .to(device) or an index of the CPU in a rollout, an update or a call of FLUX: on
     meta, whose numbers nobody can read, the host reads once at the end of each optimizer step."""
-    transformer, reads, ends = copy.deepcopy(tiny.policy.transformer).to("meta"), [], []
+    transformer = copy.deepcopy(tiny.policy.transformer).to("meta")
+    pinned, reads, ends = [], [], []
     inputs = tiny.policy.predict.keywords | dict(ids=torch.empty(16, 3, device="meta"))
     predict = partial(grpo_flux.velocity, transformer, **inputs)
     cfg = settings(sampling_steps=3, sde_window=1, batch_size=6, micro_batch=6)
     keys, text = grpo_flux.plan_step(0, cfg), [c.to("meta") for c in tiny.text(TWO[:1] * 12)]
     x, A = torch.empty(12, 16, 16, device="meta"), torch.linspace(-1, 1, 12)
     optimizer, window = torch.optim.SGD(transformer.parameters(), lr=0), range(1, 2)
-    pin = mock.Mock(side_effect=lambda x: x)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pin(x))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.append(x) or [0.0] * len(x))
     with Transfers():
         trajectory = rollout(predict, x, text, keys, cfg, cfg.eta, window)
         grpo_flux.update(predict, optimizer, trajectory, text, A, keys, cfg, window=window,
                          useful=[True, True], report=lambda stats: ends.append(len(reads)))
-    assert ends == [1, 2] and not Transfers.found and pin.call_count > 5
+    assert ends == [1, 2] and not Transfers.found and len(pinned) > 5
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_bf16_is_that_of_diffusers(tiny, monkeypatch, rank):
@@ -655,9 +654,9 @@ def test_run(tiny, tmp_path, monkeypatch, capsys):
     judged = {"held_out_colour:red", "held_out_hps", "accuracy", *RIGHT}
     evaluated = [line for line in grpo_flux.read_metrics("run") if judged <= line.keys()]
     assert [line["step"] for line in evaluated] == [0, 6, 12]
-    start, end = tiny.policy.transformer.state_dict(), model.state_dict()
-    moved = [(end[name] - start[name]).abs().max() for name in start]
-    assert start.keys() == end.keys() and 1e-5 < max(moved) < 1e-2
+    start, end = (torch.nn.utils.parameters_to_vector(transformer.parameters())
+                  for transformer in (tiny.policy.transformer, model))
+    assert 1e-5 < (end - start).abs().max() < 1e-2
 
 @pytest.mark.parametrize("world, S", [(1, 12), (2, 24), (3, 6)])
 def test_pictures_belong_to_their_prompts(tiny, tmp_path, monkeypatch, world, S):
@@ -773,8 +772,7 @@ def test_prompts_are_encoded_once(tiny, tmp_path, monkeypatch, capsys):
 
     run = encode("a red circle", "a red circle and a blue cross")
     assert "1 of 2 prompts are cut to 6 tokens" in capsys.readouterr().out
-    for n in (1, 2):
-        assert grpo_flux.Run.text(run, ["a red circle"] * n)[0].shape == (n, 6, 64)
+    assert grpo_flux.Run.text(run, ["a red circle"] * 2)[0].shape == (2, 6, 64)
     monkeypatch.setattr(FluxPipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     assert encode("a red circle").text_files.keys() == {"a red circle"}
     for change in (dict(text_length=7), dict(dtype="bf16"), dict(model="another")):
@@ -843,20 +841,17 @@ def test_the_tiny_start_is_miscaptioned():
     labels = torch.arange(24_000) % 24
     captions = grpo_flux.miscaption(labels, grpo_flux.MISCAPTIONED)
     assert (captions != labels).float().mean().item() == pytest.approx(0.6 * 23 / 24, abs=0.01)
-    wrong = captions[captions != labels].bincount(minlength=24)
-    assert wrong.min() > 0.8 * wrong.float().mean()
 
 def test_judge_of_the_tiny_world():
-    """A judge that calls a drawn picture wrong, or another prompt's right."""
+    """A judge that calls a drawn picture wrong, or an empty or another prompt's right."""
     images, labels = reward.tiny_dataset(480, seed=7)
+    empty = 0 * images + torch.tensor(reward.BACKGROUND).view(3, 1, 1) / 255
     other = len(reward.SHAPES) + 1  # the next colour and the next shape
-    for shift, right in ((0, True), (other, False)):
+    for pictures, shift, right in ((images, 0, True), (images, other, False), (empty, 0, False)):
         prompts = [reward.TINY_PROMPTS[(i + shift) % 24] for i in labels]
-        judged = reward.judge_tiny(images, prompts, {})
+        judged = reward.judge_tiny(pictures, prompts, {})
         assert judged.keys() == RIGHT
         assert all((value == right).all() for value in judged.values())
-    empty = torch.ones(1, 3, 32, 32) * torch.tensor(reward.BACKGROUND).view(3, 1, 1) / 255
-    assert not any(value.any() for value in reward.judge_tiny(empty, TWO[:1], {}).values())
 
 # -------------------------------------------------------------------------------------------- tape
 
