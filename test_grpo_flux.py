@@ -479,17 +479,20 @@ def test_compiled_first_ratio(tiny, lora_rank, tmp_path, heavy):
     assert graphs[0] > 0 and graphs == [counts["unique_graphs"]] * 3
 
 def test_batches_that_move_nothing():
-    """Weights that are nan after one nan; calls, weight decay, momentum for a gradient of 0."""
+    """Weights that are nan after one nan; calls, weight decay, momentum for a gradient of 0; means
+    over optimizer steps that were not taken."""
     W, calls, _, update = linear_policy(settings(num_prompts=2, micro_batch=4))
     optimizer, start = torch.optim.AdamW([W], lr=0.1), W.tolist()
     good = torch.tensor([1.0, -1.0, 0.0] * 4)
-    for batch, updates, skipped in ((0 * good, 0, 0), (math.nan * good, 0, 1), (good, 1, 0)):
+    flat, bad = 0 * good, math.nan * good
+    for A, updates, skipped in (([flat, flat], 0, 0), ([flat, bad], 0, 1), ([bad, good], 1, 1)):
         assert W.tolist() == start
-        stats = update(optimizer, torch.cat([0 * good, batch]))
+        stats = update(optimizer, torch.cat(A))
         assert (stats["updates"], stats["skipped"]) == (updates, skipped)
         assert len(calls) == 3 * 7 * (updates + skipped)  # 12 samples by 4, 7 SDE steps
         assert bool(optimizer.state) == ("loss" in stats) == bool(updates)
         assert all(map(math.isfinite, stats.values()))
+    assert stats["ratio"] == pytest.approx(1)
     start = W.tolist()
     with pytest.raises(FloatingPointError, match="first ratio is off"):  # W is not the rollout's
         update(optimizer, torch.cat([good, good]))
@@ -664,7 +667,8 @@ def test_pictures_belong_to_their_prompts(tiny, tmp_path, monkeypatch, world, S)
     added, a reward of weight 0 that is trained on, an evaluation that depends on the number of
     processes. The prompts are numbers; this policy paints them into the first pixel, and noise of
     the sample into the others; the reward reads both, and is flat for prompt 0."""
-    run, (r, A) = copy.copy(tiny), torch.empty(2, 2, 12).double()
+    run = copy.copy(tiny)
+    r, A = torch.empty(2, 2, 12).double()  # reward and advantage of each sample
     run.cfg = settings(num_prompts=2, batch_size=S, sampling_steps=3, eval_images=12,
                        init_same_noise=False)
     run.out, run.step_prompts, run.eval_prompts = tmp_path, ["01"], "0123456789"
@@ -687,13 +691,15 @@ def test_pictures_belong_to_their_prompts(tiny, tmp_path, monkeypatch, world, S)
             r[p, i], A[p, i] = judge(x0, [p]), advantage
         return {}
 
+    def step(one):
+        return one.metrics(1, *grpo_flux.train_step(0, one))
+
     run.policy = mock.MagicMock(predict=predict)
     run.rewards = {"hps": (0.5, judge), "clip": (0.25, lambda *given: 100 * judge(*given)),
                    "logged": (0, lambda images, prompts: images[:, 0, -1, 0])}
     monkeypatch.setattr(grpo_flux, "decode", lambda vae, x0, *_: x0[:, None])
     monkeypatch.setattr(grpo_flux, "update", update)
-    for line in in_processes(run, world, lambda one: one.metrics(
-            1, *grpo_flux.train_step(0, one)), monkeypatch):
+    for line in in_processes(run, world, step, monkeypatch):
         assert line["hps"] == pytest.approx(r.mean().item(), abs=1e-6)
         assert line["hps_std"] == pytest.approx(r.std(1).mean().item(), rel=1e-5)
         assert "logged_std" in line
@@ -729,6 +735,8 @@ def test_the_same_experiment_on_any_number_of_processes(two_ranks, tmp_path):
     that part; more pictures of an evaluation than were asked for."""
     def read(folder):
         lines, model = results(folder)
+        for line in lines:
+            del line["clip_frac"]  # a ratio at the clip may flip
         picture = np.asarray(Image.open(folder / "images" / "step_00003.png"), dtype=float)
         return lines, torch.nn.utils.parameters_to_vector(model.parameters()), picture
 
@@ -740,7 +748,7 @@ def test_the_same_experiment_on_any_number_of_processes(two_ranks, tmp_path):
         lines, others, other_picture = read(out)
         assert [line["step"] for line in lines] == steps
         for line in lines:
-            assert line == pytest.approx(expected[line["step"] - 1], rel=1e-4, abs=1e-5)
+            assert line == pytest.approx(expected[line["step"] - 1], rel=1e-4, abs=1e-6)
         assert (others - weights).norm() < 1e-5 * weights.norm()
         assert np.allclose(other_picture, picture, atol=2)  # of 255
     assert torch.equal(read(two_ranks[0] / "again")[1], weights)
@@ -756,8 +764,8 @@ def test_every_setting_is_explained_and_read(capsys):
         assert f.name in read and f.metadata["help"] in text
         assert (f.metadata["low"] is None) == (f.type not in (int, float))
         assert not f.default or f"default {f.default}" in text
-    for flags, sides in (("", (32, 32)), ("--width 64", (32, 64)), ("--model a/b", (720, 720)),
-                         ("--model a/b --width 64", (720, 64))):  # a flag, then TINY, then Config
+    for flags, sides in (("", (32, 32)), ("--width 64", (32, 64)),  # a flag, then TINY
+                         ("--model a/b", (720, 720))):
         cfg, _ = grpo_flux.read_command_line(flags.split())
         assert (cfg.height, cfg.width) == sides
 
