@@ -33,7 +33,7 @@ import warnings
 import weakref
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, fields, replace
 from functools import partial
 from io import StringIO
@@ -55,7 +55,8 @@ from filelock import FileLock
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
-from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -2171,15 +2172,13 @@ def autocast(op, *args, **kwargs):
         return op(*tree_map(cast, args), **tree_map(cast, kwargs))
 
 def install_npu():
-    npu, half = types.ModuleType("torch.npu"), [torch.float16, torch.bfloat16]
-    values = dict(is_available=True, is_initialized=True, device_count=8, current_device=0,
-                  set_device=None, synchronize=None, _is_in_bad_fork=False, manual_seed_all=None,
-                  get_amp_supported_dtype=half, get_device_name="stand-in")
-    for name, value in values.items():
-        setattr(npu, name, lambda *_, value=value: value)
+    npu = mock.MagicMock(spec=torch.cuda, conv=mock.Mock(), matmul=mock.Mock())
+    npu.device_count.return_value, npu.current_device.return_value = 8, 0
+    npu._is_in_bad_fork.return_value = False
+    npu.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
+    npu.get_device_name.return_value = "stand-in"
     npu.Stream = type("Stream", (torch.cpu.Stream,), dict(
         stream_id=0, device_index=0, device_type=20, synchronize=lambda _: None))
-    npu.conv, npu.matmul = types.SimpleNamespace(), types.SimpleNamespace()
     npu.Event, npu.stream, npu.current_stream = torch.cpu.Event, torch.cpu.stream, npu.Stream
     _setup_privateuseone_for_python_backend("npu", backend_module=npu)
     torch.Tensor.pin_memory = lambda x: x  # all of its memory is the host's
@@ -2195,7 +2194,6 @@ def install_npu():
         c10d.impl(name, partial(run_on_cpu, getattr(torch.ops.c10d, name).default))
     resize = torch.UntypedStorage.resize_  # FSDP frees memory with it; here it stays
     torch.UntypedStorage.resize_ = lambda s, n: s if s.device.type == "npu" else resize(s, n)
-    assert (torch.ones(2).to("npu") + 1).tolist() == [2, 2]
     return libraries  # they take their operators along when they go
 
 def with_npu(name, *argv, cwd, launcher=()):
@@ -2518,213 +2516,114 @@ def benchmark(repetitions=7):
               f"{np.median(step / step_of_4):19.2f}")
 
 GIB = 2**30
-ATTENTION = {  # FLOP of what torch 2.14's flop_registry leaves out: q k' and p v, then five like it
-    "_scaled_dot_product_flash_attention_for_cpu":
-        lambda q, k, *_, **__: 4 * q.numel() * k.shape[-2],
-    "_scaled_dot_product_flash_attention_for_cpu_backward":
-        lambda _, q, k, *__, **___: 10 * q.numel() * k.shape[-2]}
-
-class Meter(TorchDispatchMode):
-    """Counts kernels, FLOP, collectives, the bytes a rank receives by them, and live bytes."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes, self.live, self.counted = {}, 0, Counter()
-        self.seen = defaultdict(set)  # {(device, dtype): operators that made such a tensor}
-        resize = torch.UntypedStorage.resize_
-
-        def resize_and_note(storage, size):
-            resize(storage, size)
-            self.note_size(storage._cdata, size)
-
-        torch.UntypedStorage.resize_ = resize_and_note  # no operator: FSDP frees weights by it
-
-    def restart(self):
-        """What was counted so far; from now on all is counted anew, but for what is live."""
-        counted, self.counted = self.counted, Counter(peak=self.live)
-        return counted
-
-    def note_size(self, storage, size):
-        """A storage, known by its address, has come, was resized, or died: size 0."""
-        self.live += size - self.sizes.get(storage, 0)
-        self.sizes[storage] = size
-        self.counted["peak"] = max(self.counted["peak"], self.live)
-
-    def __torch_dispatch__(self, op, kinds, args=(), kwargs=None):
-        if any(issubclass(kind, DTensor) for kind in kinds):
-            return NotImplemented  # then it comes again, with what this rank holds
-        result = op(*args, **kwargs or {})
-        if op.namespace == "prim":
-            return result  # a FakeTensor that is asked for its device
-        if not op.is_view and "view" not in op.__name__:  # _unsafe_view is one, too
-            self.counted["kernels"] += 1
-        for x in filter(torch.is_tensor, tree_leaves(result)):
-            self.seen[x.device.type, x.dtype].add(op.overloadpacket.__name__)
-            if not self.sizes.get((storage := x.untyped_storage())._cdata):
-                self.note_size(storage._cdata, storage.nbytes())
-                weakref.finalize(storage, self.note_size, storage._cdata, 0)
-        if formula := ATTENTION.get(op.overloadpacket.__name__):
-            self.counted["attention"] += formula(*args)
-        elif formula := flop_registry.get(op.overloadpacket):  # those of FlopCounterMode
-            self.counted["flop"] += formula(*args, **kwargs or {}, out_val=result)
-        if op.namespace == "c10d" and "_base_" in op.__name__:  # all-gather or reduce-scatter
-            name = "gather" if "gather" in op.__name__ else "scatter"
-            self.counted[f"{name}_bytes"] += abs(args[0].nbytes - args[1].nbytes)
-        return result
-
 THIN = dict(attention_head_dim=16, num_attention_heads=2, joint_attention_dim=64,
             pooled_projection_dim=32, axes_dims_rope=(4, 6, 6))
 
-def random_flux(device, **shape):
-    """FLUX.1-dev, or another shape of it, with random weights in bf16, made on the device."""
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            return FluxTransformer2DModel(guidance_embeds=True, **shape)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-def random_vae(device, thin):
-    """FLUX.1's VAE with random weights in bf16."""
-    channels = (32,) * 4 if thin else (128, 256, 512, 512)
-    vae = diffusers.AutoencoderKL(
-        latent_channels=16, block_out_channels=channels, layers_per_block=2, sample_size=1024,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
-    return vae.to(device, torch.bfloat16).requires_grad_(False)
+def real_size(n, share, thin=False, lora_rank=64, **changes):
+    """Config of a rollout of n samples on FLUX.1-dev, and of an update with their one batch."""
+    if thin:
+        changes |= dict(height=64, width=64, text_length=16)
+    return grpo_flux.Config(
+        dtype="bf16", lora_rank=lora_rank, num_prompts=1, num_generations=max(n, 2),
+        batch_size=max(n, 2), micro_batch=n, gradient_checkpointing=share, **changes)
 
 def random_policy(cfg, device, **shape):
-    """A Policy of FLUX.1-dev, or another shape of it, with random weights."""
-    def load(cfg, device):
-        with torch.device(device):
-            return grpo_flux.prepare_policy(random_flux(device, **shape), cfg)
+    """A Policy of FLUX.1-dev, or another shape of it, whose weights have no values yet."""
+    diffusers.logging.set_verbosity_error()
+
+    def load(cfg, device, trained=True):
+        with unset_fake_temporarily(), torch.device("meta"):
+            transformer = FluxTransformer2DModel(guidance_embeds=True, **shape)
+            transformer.to(torch.bfloat16 if cfg.lora_rank else torch.float32)
+            grpo_flux.prepare_policy(transformer, cfg)
+            if dist.is_initialized():
+                grpo_flux.shard(transformer, CPU, torch.bfloat16, keep_gathered=trained)
+        return transformer.to_empty(device=device)
 
     with mock.patch.object(grpo_flux, "load_transformer", load):
         return grpo_flux.Policy(cfg, (cfg.height // 8, cfg.width // 8), device)
 
-def random_inputs(cfg, transformer, device, keys):
-    """Noise (B, L, C), and text of random embeddings."""
-    sizes = (cfg.text_length, transformer.joint_attention_dim), (transformer.pooled_projection_dim,)
-    text = [torch.randn(len(keys), *size, device=device).bfloat16() for size in sizes]
-    x = grpo_flux.draw_latents(keys, (16, cfg.height // 8, cfg.width // 8), cfg)
-    return x.to(device), text
+def random_inputs(policy, cfg, device):
+    """Keys (step, prompt_index, sample) of a micro-batch, noise (B, L, C), and text of random
+    embeddings."""
+    keys, config = [(0, 0, i) for i in range(cfg.micro_batch)], policy.transformer.config
+    x = grpo_flux.draw_latents(keys, (16, cfg.height // 8, cfg.width // 8), cfg).to(device)
+    sizes = (cfg.text_length, config.joint_attention_dim), (config.pooled_projection_dim,)
+    text = [torch.randn(len(x), *size, device=device).bfloat16() for size in sizes]
+    return keys, x, text
 
-def one_setting(n, share, compiled, side, tokens):
-    """Config of a rollout of four denoising steps of n samples, all but the last trained."""
-    return grpo_flux.Config(
-        dtype="bf16", lora_rank=64, num_prompts=1, num_generations=max(n, 2),
-        batch_size=max(n, 2), sampling_steps=4, micro_batch=n, gradient_checkpointing=share,
-        compile=compiled, height=side, width=side, text_length=tokens)
-
-def call_alone(policy, cfg, device):
-    """{name: function} of a forward of the policy, and of one with its backward."""
-    x, text = random_inputs(cfg, policy.transformer.config, device, [(0, 0, 0)])
-    predict = partial(policy.predict, x, x.new_full((1, 1, 1), 0.7), text)
-    return {"forward": torch.no_grad()(predict),
-            "forward and backward": lambda: predict().square().mean().backward()}
+def one_step(policy, cfg, device):
+    """Seconds of a rollout and of an update of one micro-batch, and the update's statistics."""
+    keys, x, text = random_inputs(policy, cfg, device)
+    rolled, trajectory = clock(device, rollout, policy.predict, x, text, keys, cfg, cfg.eta)
+    updated, stats = clock(
+        device, grpo_flux.update, policy.predict, policy.optimizer, trajectory, text,
+        torch.ones(len(x)), keys, cfg, policy.reference, useful=[True],
+        first_ratio_limit=math.inf)
+    return rolled, updated, stats
 
 def count_flop(cfg, **shape):
-    """FLOP of a sample in one forward, and in one with a backward, counted on meta tensors."""
-    device = torch.device("meta")
-    policy = random_policy(replace(cfg, compile=False, gradient_checkpointing=0), device, **shape)
-    flop = []
-    for call in call_alone(policy, cfg, device).values():
-        with FlopCounterMode(display=False) as counter:
-            call()
-        flop.append(counter.get_total_flops())
-    return flop
+    """FLOP of a forward of one sample, and of its backward, counted on meta tensors."""
+    policy = random_policy(cfg, torch.device("meta"), **shape)
+    _, x, text = random_inputs(policy, cfg, "meta")
+    with FlopCounterMode(display=False) as forward:
+        v = policy.predict(x, x.new_ones(1, 1, 1), text)
+    with FlopCounterMode(display=False) as backward:
+        v.sum().backward()
+    return forward.get_total_flops(), backward.get_total_flops()
 
-def count_kernels(repetitions=7):
-    """Print the kernels, and the host's milliseconds, of FLUX.1-dev's 57 blocks made thin, with
-    LoRA: on an accelerator the host must start as many, whatever the width."""
-    torch.set_num_threads(1)
-    cfg = one_setting(1, 0, False, 64, 16)
-    for name, call in call_alone(random_policy(cfg, CPU, **THIN), cfg, CPU).items():
-        call()  # the masters' gradients are there
-        with Meter() as meter:
-            call()
-        seconds = []
-        for _ in range(repetitions):
-            begin = time.process_time()  # other work on the machine does not count
-            call()
-            seconds.append(time.process_time() - begin)
-        print(f"{name}: {meter.counted['kernels']} kernels, {1e3 * np.median(seconds):.0f} ms of "
-              "one CPU thread", flush=True)
-
-def measure_setting(cfg, device, vae, **shape):
-    """Seconds of a rollout, a decode and an update of one micro-batch of samples, those of a first
-    time that warms up and compiles, recompilations after it, GiB, and the update's statistics."""
-    module, graphs = torch.get_device_module(device), torch._dynamo.utils.counters["stats"]
-    if reward.is_accelerator(device):
-        module.reset_peak_memory_stats()
-    policy = random_policy(cfg, device, **shape)
-    runs = []
-    for step in range(2):
-        compiled = graphs["unique_graphs"]
-        keys = [(step, 0, i) for i in range(cfg.micro_batch)]
-        x, text = random_inputs(cfg, policy.transformer.config, device, keys)
-        rolled, trajectory = clock(
-            device, rollout, policy.predict, x, text, keys, cfg, cfg.eta)
-        decoded, _ = clock(
-            device, decode, vae, trajectory.x0, (cfg.height // 8, cfg.width // 8), len(keys))
-        updated, stats = clock(
-            device, grpo_flux.update, policy.predict, policy.optimizer, trajectory, text,
-            torch.ones(len(keys)), keys, cfg, first_ratio_limit=math.inf)
-        runs.append([rolled, decoded, updated])
-    peak = module.max_memory_allocated() / GIB if reward.is_accelerator(device) else math.nan
-    return runs[1], sum(runs[0]), graphs["unique_graphs"] - compiled, peak, stats
-
-# (micro-batch, share of checkpointed blocks, compiled), the most telling first
-SETTINGS = [(1, 0, False), (1, 0, True), (4, 1, False), (4, 1, True), (2, 0.5, False)]
-SETTINGS += [way for way in itertools.product((1, 2, 4), (0, 0.5, 1), (False, True))
-             if way not in SETTINGS]
+# (micro-batch, share of checkpointed blocks), compiled or not: the most telling first
+SETTINGS = [*itertools.product(
+    [(1, 0), (4, 1), (2, 0.5), (1, 1), (2, 0), (4, 0.5), (4, 0)], (False, True))]
 
 def measure_at_real_size(device, budget=math.inf, thin=False, settings=SETTINGS, **shape):
     """Print what samples of FLUX.1-dev, with random weights and LoRA, cost in each setting."""
     begin, real = time.monotonic(), grpo_flux.Config()
-    side, tokens = (64, 16) if thin else (real.height, real.text_length)
-    shape = (THIN if thin else {}) | shape
     T, K = real.sampling_steps, grpo_flux.num_train_steps(real)
-    diffusers.logging.set_verbosity_error()
-    vae = random_vae(device, thin)
-    forward, both = count_flop(one_setting(1, 0, False, side, tokens), **shape)
-    flop = T * forward + K * both
-    print(f"{'thin ' * thin}FLUX.1-dev at {side}x{side}, bf16, LoRA 64, random weights; "
+    module, graphs = torch.get_device_module(device), torch._dynamo.utils.counters["stats"]
+    if thin:
+        shape |= THIN
+    forward, backward = count_flop(real_size(1, 0, thin), **shape)
+    flop = (T + K) * forward + K * backward
+    print(f"{'thin ' * thin}FLUX.1-dev in bf16, LoRA 64, random weights; "
           f"{reward.describe_device(device)}\nseconds and {flop / 1e12:.4g} TFLOP a sample, of {T} "
-          f"denoising steps, {K} trained; warm-up: of a quarter\nmicro share       rollout  decode "
-          "update     sum TFLOP/s    GiB  ratio-1 finite recompiled warm-up", flush=True)
-    for i, (n, share, compiled) in enumerate(settings):
+          f"denoising steps, {K} trained\nmicro\tshare\tcompile\trollout\tupdate\tTFLOP/s\tGiB\t"
+          "ratio-1\tskipped\trecompiled")
+    for i, ((n, share), compiled) in enumerate(settings):
         if time.monotonic() - begin > budget:
             print(f"{len(settings) - i} settings left out after {budget:.0f} s")
             break
-        cfg = one_setting(n, share, compiled, side, tokens)
-        print(f"{n:5}{share:6} {'compiled' if compiled else 'eager':8}", end="", flush=True)
-        try:
-            seconds, first, recompiled, peak, stats = measure_setting(cfg, device, vae, **shape)
-        except Exception as error:  # out of memory, say; others may need less
-            print(f" {type(error).__name__}: {str(error)[:60]!r}", flush=True)
-        else:
-            scale = T / cfg.sampling_steps, 1, K / grpo_flux.num_train_steps(cfg)
-            parts = np.array(seconds) * scale / n
-            print(*[f"{x:7.3f}" for x in (*parts, parts.sum())],
-                  f"{flop / (parts[0] + parts[2]) / 1e12:7.3g}{peak:7.1f}",
-                  f"{stats['first_ratio_dev']:8.1e} {'no' if stats['skipped'] else 'yes':6}"
-                  f"{recompiled if compiled else '-':>10}{first:9.1f}", flush=True)
+        print(n, share, compiled, sep="\t", end="\t", flush=True)
+        cfg = real_size(n, share, thin, sampling_steps=4, compile=compiled)
         torch._dynamo.reset()
         gc.collect()  # hooks and parameters refer to each other
         if reward.is_accelerator(device):
-            torch.get_device_module(device).empty_cache()
+            module.empty_cache()
+            module.reset_peak_memory_stats()
+        try:
+            policy = random_policy(cfg, device, **shape)
+            for p in (*policy.transformer.parameters(), *policy.parameters.values()):
+                torch.nn.init.normal_(p, std=0.02)
+            one_step(policy, cfg, device)  # warms up, and compiles
+            before = graphs["unique_graphs"]
+            rolled, updated, stats = one_step(policy, cfg, device)
+        except Exception as error:  # out of memory, say; others may need less
+            print(f"{type(error).__name__}: {str(error)[:60]!r}", flush=True)
+            continue
+        rolled *= T / cfg.sampling_steps / n
+        updated *= K / grpo_flux.num_train_steps(cfg) / n
+        peak = getattr(module, "max_memory_allocated", lambda: math.nan)()
+        row = (rolled, updated, flop / (rolled + updated) / 1e12, peak / GIB,
+               stats["first_ratio_dev"], stats["skipped"], graphs["unique_graphs"] - before)
+        print(*(f"{x:.4g}" for x in row), sep="\t", flush=True)
 
-def count_at_real_size(lora_rank, kl_beta, world, n, device="cpu", shares=(1, 0.5, 0)):
-    """Count, on one of `world` ranks, a rollout of two denoising steps and, for each share of
-    checkpointed blocks, an update of one backward of n samples."""
+def count_at_real_size(setting, device="cpu", watch=nullcontext()):
+    """Bytes at most on one of some ranks, by device, in a rollout of two denoising steps and an
+    update of one backward: counted on tensors without memory."""
+    lora_rank, kl_beta, world, share, n = setting
     torch.set_num_threads(1)
     gc.freeze()  # else the collector walks through all that was imported, again and again
-    warnings.simplefilter("ignore")
-    diffusers.logging.set_verbosity_error()
-    cfg = grpo_flux.Config(dtype="bf16", lora_rank=lora_rank, num_prompts=1, num_generations=2,
-                           batch_size=2, sampling_steps=2, micro_batch=n, kl_beta=kl_beta)
-    keys, counted = [(0, 0, i) for i in range(n)], {}
+    cfg = real_size(n, share, lora_rank=lora_rank, kl_beta=kl_beta, sampling_steps=2)
     # what the host reads: 0.0 for loss, norm and ratio; AdamW's step 1; batch and window 0
     FakeTensor.tolist = lambda x: [0.0 if x.is_floating_point() else 0] * x.numel()
     FakeTensor.item = lambda x: 1.0 if x.is_floating_point() else 0
@@ -2732,93 +2631,52 @@ def count_at_real_size(lora_rank, kl_beta, world, n, device="cpu", shares=(1, 0.
     grpo_flux.gather = lambda item: [item] * world
     if world > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
-    models = {}
-    for trained in (True, False):  # the policy, and the reference model of kl_beta
-        with torch.device("meta"):
-            model = grpo_flux.prepare_policy(
-                random_flux("meta").to(torch.bfloat16 if lora_rank else torch.float32), cfg)
-        if world > 1:
-            grpo_flux.shard(model, CPU, torch.bfloat16, keep_gathered=trained)
-        models[trained] = model
-    transformer = models[True]
-    grpo_flux.load_transformer = (
-        lambda cfg, device, trained=True: models[trained].to_empty(device=device))
-    with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:  # refuses devices that mix
+    memory = MemTracker()
+    memory._mod_tracker = mock.MagicMock()  # it refuses modules that are called again
+    with FakeTensorMode(allow_non_fake_inputs=True), watch:  # refuses devices that mix
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(device="npu") by way of the CPU
-        policy = grpo_flux.Policy(cfg, (90, 90), torch.device(device))
-        assert sum(p.numel() for p in transformer.parameters()) >= 11_901_408_320
-        x, text = random_inputs(cfg, transformer.config, device, keys)
-        trajectory = rollout(policy.predict, x, text, keys, cfg, cfg.eta)
-        counted["rollout"] = meter.restart()
-        for share in ("warm up", *shares):
+        with memory:
+            policy = random_policy(cfg, torch.device(device))
             for p in policy.parameters.values():  # as after an earlier backward
                 p.grad = torch.zeros_like(p)
-            if share == "warm up":  # DTensor infers shapes, once
-                sums = dict(ratio_max_dev=torch.zeros((), device=device))
-                grpo_flux.optimizer_step(policy.optimizer, sums, cfg.max_grad_norm)
-                continue
-            transformer.disable_gradient_checkpointing()
-            grpo_flux.prepare_policy(transformer, replace(
-                cfg, lora_rank=0, gradient_checkpointing=share))
-            grpo_flux.reshard(transformer)  # as it is after an optimizer step
-            meter.restart()
-            stats = grpo_flux.update(policy.predict, policy.optimizer, trajectory, text,
-                                     torch.ones(n), keys, cfg, policy.reference, useful=[True])
-            assert stats["updates"] == 1
-            counted[share] = meter.restart()
-    return counted | {"seen": meter.seen}
+            torch.nn.utils.clip_grad_norm_(policy.parameters.values(), 1.0)
+            policy.optimizer.step()  # DTensor infers shapes, once
+        with memory:  # the peak anew
+            *_, stats = one_step(policy, cfg, torch.device(device))
+    assert sum(p.numel() for p in policy.transformer.parameters()) >= 11_901_408_320
+    assert stats["updates"] == 1
+    return {str(name): peak["Total"] for name, peak in memory.get_tracker_snapshot("peak").items()}
 
 def benchmark_at_real_size():
-    """Print FLOP, peak memory and collectives of FLUX.1-dev, from a process for each way."""
-    cfg, sizes = grpo_flux.Config(), (1, 2, 4)
-    images, T = cfg.num_prompts * cfg.num_generations, cfg.sampling_steps
-    K = grpo_flux.num_train_steps(cfg)
-    kinds = {(64, 0.0, 1): (1, 0.5, 0), (64, 0.0, 8): (1, 0.5, 0), (0, 0.0, 8): (1, 0.5, 0),
-             (0, 0.1, 8): (1,)}  # shares of checkpointed blocks
-    ways = [(*kind, n, "cpu", shares) for n in sizes[::-1] for kind, shares in kinds.items()]
+    """Print the peak memory of FLUX.1-dev, from a process for each setting."""
+    print(f"FLUX.1-dev at 720x720 in bf16, counted on torch {torch.__version__}\n"
+          "LoRA\tKL\tranks\tshare\tmicro\tGiB of a rank", flush=True)
+    kinds = (64, 0.0, 1), (0, 0.0, 8), (0, 0.1, 8), (64, 0.0, 8)
+    settings = [(*kind, share, n) for share in (1, 0, 0.5) for kind in kinds for n in (1, 2, 4)]
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
-        results = pool.starmap(count_at_real_size, ways, chunksize=1)
-    counted = {way[:4]: result for way, result in zip(ways, results)}
-    print(f"FLUX.1-dev at 720x720 in bf16, counted on torch {torch.__version__}: {T} forwards and "
-          f"{K} with a\nbackward for each of the {images} images of a GRPO step\nLoRA  KL ranks "
-          "share  GiB of a rank, micro-batch 1, 2, 4; PFLOP, without attention; GiB "
-          "reduce-scattered")
-    for kind, shares in kinds.items():
-        runs = [counted[*kind, n] for n in sizes]
-        for share in shares:
-            one, two = runs[0]["rollout"], runs[0][share]
-            matmuls, attention = (images * 1e-15 * (one[key] / 2 * T + two[key] * K)
-                                  for key in ("flop", "attention"))
-            peaks = [max(r["rollout"]["peak"], r[share]["peak"]) / GIB for r in runs]
-            scattered = [r[share]["scatter_bytes"] * images / kind[2] * K / n / GIB
-                         for r, n in zip(runs, sizes)]
-            print("{:4}{:4}{:6}".format(*kind) + f"{share:7}", *(f"{x:8.1f}" for x in [
-                *peaks, matmuls + attention, matmuls, *scattered]))
-    print(f"full, 8 ranks: {images // cfg.batch_size} times all-gathers of "
-          f"{counted[0, 0.0, 8, 1]['rollout']['gather_bytes'] / GIB:.1f} GiB for a rank")
+        for setting, peak in zip(settings, pool.imap(count_at_real_size, settings)):
+            print(*setting, f"{peak['cpu'] / GIB:.1f}", sep="\t", flush=True)
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--npu"]:
-        try:
-            libraries = install_npu()
-        except Exception as problem:
-            sys.exit(f"{NO_NPU}: {problem!r}")
-        del sys.argv[1]
-        globals()[sys.argv.pop(1)]()
-    elif sys.argv[1:2] == ["--kill"]:
-        kill_often(*map(int, sys.argv[2:]))
-    elif sys.argv[1:2] == ["--restarts"]:
-        restart_often(*map(int, sys.argv[2:]))
+    parser = argparse.ArgumentParser(description="Benchmarks; see the top of this file.")
+    parser.add_argument("--size", choices=["tiny", "flux-dev"], default="tiny")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing later")
+    parser.add_argument("--thin", action="store_true", help="measure 57 blocks of width 32")
+    parser.add_argument("--kill", type=int, nargs="+", help="kills, processes, a seed")
+    parser.add_argument("--restarts", type=int, nargs="+", help="kills, processes")
+    parser.add_argument("--npu", nargs=argparse.REMAINDER, help="a function, and its flags")
+    args, device = parser.parse_args(), reward.select_device()
+    if args.npu:
+        libraries = install_npu()
+        sys.argv[1:] = args.npu[1:]
+        globals()[args.npu[0]]()
+    elif args.kill:
+        kill_often(*args.kill)
+    elif args.restarts:
+        restart_often(*args.restarts)
+    elif args.size == "tiny":
+        benchmark()
+    elif args.thin or reward.is_accelerator(device):
+        measure_at_real_size(device, args.seconds, args.thin)
     else:
-        parser = argparse.ArgumentParser(description="Benchmarks; see the top of this file.")
-        parser.add_argument("--size", choices=["tiny", "flux-dev"], default="tiny")
-        parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing later")
-        parser.add_argument("--thin", action="store_true", help="measure 57 blocks of width 32")
-        args, device = parser.parse_args(), reward.select_device()
-        if args.size == "tiny":
-            benchmark()
-        elif args.thin or reward.is_accelerator(device):
-            measure_at_real_size(device, args.seconds, args.thin)
-        else:
-            count_kernels()
-            benchmark_at_real_size()
+        benchmark_at_real_size()
