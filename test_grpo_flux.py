@@ -2148,9 +2148,9 @@ def run_on_cpu(op, *args, **kwargs):
     if "gelu" in op.name():
         options["approximate"] = "tanh"
     result = op(*inputs, **options)
-    if op.namespace == "c10d":  # gloo carries it, in the group that has gloo for the cpu;
-        work = result[-1] if isinstance(result, tuple) else result  # torch finds it by storage,
-        dist.Work.unbox(work).wait()  # and views here have their own
+    if op.namespace == "c10d":  # gloo carries it, in the group that has gloo for the cpu
+        work = result[-1] if isinstance(result, tuple) else result
+        dist.Work.unbox(work).wait()  # torch finds it by storage, and views here have their own
     for own, twin in twins.values():
         if twin.shape != own.shape:
             own.data = recast(twin, 12)
@@ -2201,7 +2201,7 @@ def fenced(language):
     return [re.sub(r" *\\\n *", " ", block) for block in blocks]
 
 def first_run():
-    """README's list for the first run on an NPU: (program, its arguments, what it prints at last)."""
+    """README's list for the first run on an NPU: (program, its arguments, what it prints)."""
     [block] = [block for block in fenced("bash") if "small=" in block]
     assert f"tiny-{grpo_flux.TINY_VERSION}/hps" in block
     models = Path(grpo_flux.tiny_models(settings())["hps"]).parent
@@ -2611,7 +2611,7 @@ def count_at_real_size(setting, device="cpu", watch=nullcontext()):
     if world > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     memory = MemTracker()
-    memory._mod_tracker = mock.MagicMock()  # it refuses modules that are called again
+    memory._mod_tracker = mock.MagicMock(is_bw=False)  # it refuses modules that are called again
     with FakeTensorMode(allow_non_fake_inputs=True), watch:  # refuses devices that mix
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(device="npu") by way of the CPU
         with memory:
@@ -2644,7 +2644,7 @@ if __name__ == "__main__":
     parser.add_argument("--kill", type=int, nargs="+", help="kills, processes, a seed")
     parser.add_argument("--restarts", type=int, nargs="+", help="kills, processes")
     parser.add_argument("--npu", nargs=argparse.REMAINDER, help="a function, and its flags")
-    args, device = parser.parse_args(), reward.select_device()
+    args = parser.parse_args()
     if args.npu:
         libraries = install_npu()
         sys.argv[1:] = args.npu[1:]
@@ -2655,7 +2655,7 @@ if __name__ == "__main__":
         restart_often(*args.restarts)
     elif args.size == "tiny":
         benchmark()
-    elif args.thin or reward.is_accelerator(device):
-        measure_at_real_size(device, args.seconds, args.thin)
+    elif args.thin or reward.is_accelerator(reward.select_device()):
+        measure_at_real_size(reward.select_device(), args.seconds, args.thin)
     else:
         benchmark_at_real_size()
