@@ -2535,6 +2535,7 @@ def one_step(policy, cfg, device):
     """Seconds of a rollout and of an update of one micro-batch, and the update's statistics."""
     keys, x, text = random_inputs(policy, cfg, device)
     rolled, trajectory = clock(device, rollout, policy.predict, x, text, keys, cfg, cfg.eta)
+    grpo_flux.reshard(policy.transformer)  # as an optimizer step would: the update gathers again
     updated, stats = clock(
         device, grpo_flux.update, policy.predict, policy.optimizer, trajectory, text,
         torch.ones(len(x)), keys, cfg, policy.reference, useful=[True],
