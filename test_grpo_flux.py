@@ -2248,7 +2248,7 @@ def test_real_size_is_measured(capsys):
         measure_at_real_size(CPU, **small)
     measure_at_real_size(CPU, budget=-1, **small)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [row[:3] + row[6:] for row in rows[3:5]] == [
+    assert [row[:3] + row[7:] for row in rows[3:5]] == [
         ["1", "0", "False", "nan", "0", "0", "0"], ["2", "0.5", "False", "nan", "0", "0", "0"]]
     assert [row[3] for row in rows[8:10]] == ["OutOfMemoryError:"] * 2
     assert rows[-1][:4] == ["2", "settings", "left", "out"]
@@ -2382,6 +2382,15 @@ def real_size(n, share, thin=False, lora_rank=64, **changes):
         dtype="bf16", lora_rank=lora_rank, num_prompts=1, num_generations=max(n, 2),
         batch_size=max(n, 2), micro_batch=n, gradient_checkpointing=share, **changes)
 
+def random_vae(device, thin):
+    """FLUX.1's VAE with random weights in bf16."""
+    vae = diffusers.AutoencoderKL(
+        latent_channels=16, block_out_channels=(32,) * 4 if thin else (128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        scaling_factor=0.3611, shift_factor=0.1159, layers_per_block=2, use_quant_conv=False,
+        use_post_quant_conv=False)
+    return vae.to(device, torch.bfloat16)
+
 def random_policy(cfg, device, **shape):
     """A Policy of FLUX.1-dev, or another shape of it, whose weights have no values yet."""
     diffusers.logging.set_verbosity_error()
@@ -2408,7 +2417,8 @@ def random_inputs(policy, cfg, device):
     return keys, x, text
 
 def one_step(policy, cfg, device):
-    """Seconds of a rollout and of an update of one micro-batch, and the update's statistics."""
+    """Seconds of a rollout and of an update of one micro-batch, its images as latents, and the
+    update's statistics."""
     keys, x, text = random_inputs(policy, cfg, device)
     rolled, trajectory = clock(device, rollout, policy.predict, x, text, keys, cfg, cfg.eta)
     grpo_flux.reshard(policy.transformer)  # as an optimizer step would: the update gathers again
@@ -2416,7 +2426,7 @@ def one_step(policy, cfg, device):
         device, grpo_flux.update, policy.predict, policy.optimizer, trajectory, text,
         torch.ones(len(x)), keys, cfg, policy.reference, useful=[True],
         first_ratio_limit=math.inf)
-    return rolled, updated, stats
+    return rolled, updated, trajectory.x0, stats
 
 def count_flop(cfg, **shape):
     """FLOP of a forward of one sample, and of its backward, counted on meta tensors."""
@@ -2443,8 +2453,9 @@ def measure_at_real_size(device, budget=math.inf, thin=False, settings=SETTINGS,
     flop = (T + K) * forward + K * backward
     print(f"{'thin ' * thin}FLUX.1-dev in bf16, LoRA 64, random weights; "
           f"{reward.describe_device(device)}\nseconds and {flop / 1e12:.4g} TFLOP a sample, of {T} "
-          f"denoising steps, {K} trained\nmicro\tshare\tcompile\trollout\tupdate\tTFLOP/s\tGiB\t"
-          "ratio-1\tskipped\trecompiled")
+          f"denoising steps, {K} trained\nmicro\tshare\tcompile\trollout\tdecode\tupdate\tTFLOP/s\t"
+          "GiB\tratio-1\tskipped\trecompiled")
+    vae = random_vae(device, thin)
     for i, ((n, share), compiled) in enumerate(settings):
         if time.monotonic() - begin > budget:
             print(f"{len(settings) - i} settings left out after {budget:.0f} s")
@@ -2462,14 +2473,17 @@ def measure_at_real_size(device, budget=math.inf, thin=False, settings=SETTINGS,
                 torch.nn.init.normal_(p, std=0.02)
             one_step(policy, cfg, device)  # warms up, and compiles
             before = graphs["unique_graphs"]
-            rolled, updated, stats = one_step(policy, cfg, device)
+            rolled, updated, x0, stats = one_step(policy, cfg, device)
+            grid = cfg.height // 8, cfg.width // 8
+            decode(vae, x0, grid, n)  # warms up
+            decoded, _ = clock(device, decode, vae, x0, grid, n)
         except Exception as error:  # out of memory, say; others may need less
             print(f"{type(error).__name__}: {str(error)[:60]!r}", flush=True)
             continue
         rolled *= T / cfg.sampling_steps / n
         updated *= K / grpo_flux.num_train_steps(cfg) / n
         peak = getattr(module, "max_memory_allocated", lambda: math.nan)()
-        row = (rolled, updated, flop / (rolled + updated) / 1e12, peak / GIB,
+        row = (rolled, decoded / n, updated, flop / (rolled + updated) / 1e12, peak / GIB,
                stats["first_ratio_dev"], stats["skipped"], graphs["unique_graphs"] - before)
         print(*(f"{x:.4g}" for x in row), sep="\t", flush=True)
 
