@@ -1787,172 +1787,96 @@ def test_signal_saves_and_stops(name, tiny, tmp_path, monkeypatch, capfd):
         with pytest.raises(BadInput, match="--hps none.pt"):
             grpo_flux.main([*flags, "--hps", "none.pt"])
 
-def test_nohup_protects():
-    """A run that ends with its terminal although nohup has started it."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with grpo_flux.stop_signals() as received:
-        os.kill(os.getpid(), signal.SIGHUP)
-    assert not received and signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
-
-def start(ranks, folder, command):
-    """Start torchrun in the background; its log is in the folder."""
-    argv = [sys.executable, *TORCHRUN[:-1], f"{ranks}", *command.split()]
-    with (folder / "log").open("w") as log:
-        return subprocess.Popen(argv, cwd=folder, stdout=log, stderr=log)
-
-def ranks_after(process, out, lines):
-    """Wait until a run has so many lines of metrics; the ids of its processes, by rank."""
-    while process.poll() is None and len(grpo_flux.read_metrics(out)) < lines:
-        time.sleep(0.1)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [*map(int, children)]
+STOP = """import os, signal
+calls = []
+def f(images, prompts):
+    calls.append(1)
+    if len(calls) == 2 and os.environ["RANK"] == "1":  # in step 1
+        os.kill(os.getpid(), signal.SIGTERM)
+    return images.mean((1, 2, 3))
+"""
 
 @faults
 def test_signal_to_one_of_two_processes(tmp_path, heavy):
     """A step that is lost without need, as one process does not know of the other's signal."""
-    process = start(2, tmp_path, f"{HERE}/grpo_flux.py {FAULTY} --steps 500 --out run")
-    os.kill(ranks_after(process, out := tmp_path / "run", 4)[-1], signal.SIGTERM)
-    assert process.wait(60) == 0
-    assert grpo_flux.step_of(grpo_flux.checkpoints(out)[-1]) == len(read_metrics(out))
-
-def restart_often(kills, ranks):
-    """Kill one of some processes so often, three times a run of torchrun --max_restarts 3, and
-    let the run continue by itself."""
-    done = 0
-    while done < kills:
-        folder, steps = Path(tempfile.mkdtemp()), 16
-        process = start(ranks, folder, f"--max_restarts 3 {HERE}/grpo_flux.py {FAULTY} --out run "
-                        f"--num_generations {ranks} --batch_size {ranks} --steps {steps}")
-        for _ in range(min(3, kills - done)):
-            seen = len(grpo_flux.read_metrics(folder / "run"))
-            alive = ranks_after(process, folder / "run", seen + 2)
-            os.kill(alive[done % ranks], signal.SIGKILL)
-            done += 1
-            while any(Path(f"/proc/{rank}").exists() for rank in alive):  # those of this attempt
-                time.sleep(0.1)
-        status, log = process.wait(300), (folder / "log").read_text()
-        assert status == 0 and "another process has ended" in log, log[-3000:]
-        lines = grpo_flux.read_metrics(folder / "run")
-        assert [line["step"] for line in lines] == [*range(steps + 1)]
-        shutil.rmtree(folder)
-    print(f"{done} of {kills} kills: the run went on by itself")
-
-@faults
-def test_torchrun_restarts(tmp_path, heavy):
-    """A restart that connects to what the attempt before it left, and hangs or is lost."""
-    restart_often(3, 2)
-
-def arm(doom, watched, seed, log):
-    """Log what this process opens to write, renames or removes; kill it soon after its doom, the
-    n-th event of a kind."""
-    seen, log = Counter(), os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-
-    def see(event, args):
-        writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR) or event in (
-            "os.rename", "os.mkdir", "os.rmdir", "os.truncate", "os.remove")
-        if writes and watched in (path := os.path.abspath(str(args[0]))):
-            kind = re.sub(r"[0-9a-f]{8,}|\d+", "N", f"{event} {path.removeprefix(watched)}")
-            kind = re.sub("(.writing-tiny-N/).*", r"\1...", kind)
-            os.write(log, f"{kind}\n".encode())
-            seen[kind] += 1
-            if doom == (kind, seen[kind]):
-                after = 0.005 * np.random.default_rng(seed).random()
-                threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
-
-    sys.addaudithook(see)
-
-def child(rank, flags, out, dooms, seed, port):
-    with open(f"log_{rank}", "w") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    if (world := len(dooms)) > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=f"{rank}",
-                          LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{world}", LOCAL_WORLD_SIZE=f"{world}")
-    os.environ["XDG_CACHE_HOME"] = str(out.parent / "cache")
-    arm(dooms[rank], str(out.parent.resolve()), seed, f"events_{rank}")
-    grpo_flux.main([*flags, "--out", str(out)])
-
-def launch(flags, out, dooms, seed):
-    """Run to the end, or to the doom of a process, which ends the others: the exit statuses."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    context = multiprocessing.start_processes(
-        child, (flags, out, dooms, seed, port), len(dooms), join=False, start_method="fork")
-    try:
-        while not context.join():
-            pass
-    except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException) as end:
-        print(end)
-    statuses = [process.exitcode for process in context.processes]
-    assert statuses.count(-signal.SIGKILL) <= len(dooms) - dooms.count(None), "a process hung"
-    return statuses
+    write(tmp_path / "stop.py", STOP)
+    flags = f"{FAULTY} --reward stop:f --out run".split()
+    succeed(shell(*TORCHRUN, "grpo_flux.py", *flags, cwd=tmp_path))
+    assert [path.name for path in grpo_flux.checkpoints(tmp_path / "run")] == ["step_00001"]
 
 def content(folder):
-    """All files that have their final names, but for TensorBoard's; broken ones raise."""
-    readers, files = defaultdict(lambda: Path.read_bytes), {}
-    readers |= {".png": lambda path: Image.open(path).tobytes(), ".safetensors": lambda path: {
-        name: x.numpy().tobytes() for name, x in load_file(path).items()},  # in any order
-        ".json": lambda path: json.loads(path.read_text())}
-    for path in folder.rglob("*"):
-        name = str(path.relative_to(folder))
-        if path.is_file() and not re.search("[.]writing-|[.]old-|tensorboard/|lock$", name):
-            files[name] = readers[path.suffix](path)
+    """{file: a hash of what is in it} of all files but locks; tensors may be in any order."""
+    files = {}
+    for path in filter(Path.is_file, folder.rglob("*.*")):
+        tensors = path.suffix == ".safetensors"
+        held = save(load_file(path)) if tensors else path.read_bytes()
+        files[str(path.relative_to(folder))] = hash(held)
     return files
 
-def kill_often(kills, ranks, seed):
-    """Kill runs of some processes so often, up to 5 ms after a file was opened to be written,
-    renamed or removed, and go on with the same command; at their end compare them with one that
-    was left alone."""
-    rng, fit, survived, references = np.random.default_rng(seed), reward.fit, 0, []
-    reward.fit = lambda *args, **kwargs: fit(*args, **kwargs | {"steps": 3})  # two seconds
-    os.chdir(tempfile.mkdtemp())
-    out = Path("now/run")
-    for more in ("", f"{' '.join(LORA)} --ema_decay 0.9")[:1 + (kills > 3)]:
-        flags = f"{FAULTY} {more}".split()
-        assert launch(flags, out, ranks * [None], seed) == ranks * [0]  # the first one builds
-        events = Counter(Path("events_0").read_text().splitlines())
-        references.append((flags, content(out), events))
-        shutil.rmtree(out)
-    chains = itertools.cycle(references)
-    while survived < kills:
-        flags, reference, events = next(chains)
-        if rng.random() < 0.25:
-            shutil.rmtree(out.parent, ignore_errors=True)  # the tiny models, too
-        for left in reversed(range(5)):
-            kind = str(rng.choice([*events]))
-            moment = kind, int(rng.integers(min(events[kind], 2))) + 1
-            victims = [[0], [0, 1], [1]][rng.integers(3)] if ranks > 1 else [0]
-            victims = victims if left and survived < kills else []  # else let it end
-            dooms = [moment if rank in victims else None for rank in range(ranks)]
-            statuses = launch(flags, out, dooms, seed)
-            ended, lines = content(out), grpo_flux.read_metrics(out)
-            content(out.parent)
-            assert [line["step"] for line in lines] == list(range(len(lines)))
-            if not any(statuses):
-                break
-            assert -signal.SIGKILL in statuses, statuses
-            survived += 1
-            print(f"kill {survived} at {moment} of {victims}: {statuses}")
-        differ = [x for x in reference.keys() | ended.keys() if ended.get(x) != reference.get(x)]
-        assert not differ and not [*out.rglob(".writing-*"), *out.rglob(".old-*")], differ
-        shutil.rmtree(out)
-    print(f"{survived} of {kills} kills survived, 0 bits of difference")
+def doomed(seed, attempt, rank=0):
+    """Run grpo_flux.py and, unless seed is 0, kill it up to 5 ms after it opens a file to write,
+    renames or removes one: after each with the same chance, about three times a run."""
+    rng, fit = np.random.default_rng([seed, attempt, rank]), reward.fit
+    chance = 0.03 if seed else 0
+
+    def see(event, args):
+        changes = event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove")
+        writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if (changes or writes) and rng.random() < chance:
+            after = 0.005 * rng.random()
+            threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    reward.fit = lambda *args, **kwargs: fit(*args, **kwargs | {"steps": 3})  # builds in seconds
+    sys.addaudithook(see)
+    try:
+        grpo_flux.main(f"{FAULTY} --out run".split())
+    except RuntimeError as error:
+        if not reward.is_collective_error(error):  # the other process was not killed
+            raise
+
+def start_again(seed):
+    """Start the same run until no kill ends it; of several processes torchrun does so."""
+    if "RANK" in os.environ:
+        attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
+        return doomed(seed, int(attempt), int(rank))
+    for attempt in itertools.count():
+        if os.fork() == 0:
+            return doomed(seed, attempt)
+        _, status = os.wait()
+        if status != signal.SIGKILL:
+            sys.exit(status != 0)
+        print("exitcode: -9", file=sys.stderr)  # as torchrun says it
+
+def run_with_kills(folder, ranks, seed):
+    """The files of a run that begins again after each kill, until it ends."""
+    folder = folder / "kills"  # always the same, which config.json holds
+    folder.mkdir()
+    launcher = [*TORCHRUN, "--max_restarts", "30"] if ranks == 2 else []
+    done = shell(*launcher, __file__, "--doomed", f"{seed}", cwd=folder,
+                 XDG_CACHE_HOME=str(folder / "cache"))
+    succeed(done)
+    assert {*re.findall(r"exitcode: (-?\d+)", done.stderr)} == ({"-9"} if seed else set())
+    files = content(folder / "run")
+    shutil.rmtree(folder)
+    return files
 
 @job
 def few_kills(folder):
-    return shell("test_grpo_flux.py", "--kill", "3", "1", "7", cwd=folder)
+    return [run_with_kills(folder, 1, seed) for seed in range(2)]
 
 @faults
 def test_few_kills(few_kills):
     """Half a checkpoint, picture, model or line that the next run takes for a whole one."""
-    assert "3 of 3 kills survived" in succeed(few_kills)
+    whole, killed = few_kills
+    assert killed == whole
 
 @faults
-@pytest.mark.parametrize("ranks", ["1", "2"])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_many_kills(ranks, tmp_path, heavy):
-    """What only one moment in forty shows."""
-    done = shell("test_grpo_flux.py", "--kill", "40", ranks, "2", cwd=tmp_path)
-    assert "40 of 40 kills survived" in succeed(done)
+    """What only one moment in forty shows; a restart that connects to what the attempt before it
+    left, and hangs or is lost."""
+    whole, *killed = [run_with_kills(tmp_path, ranks, seed) for seed in range(14)]
+    assert killed == 13 * [whole]
 
 BUSY = mock.Mock(side_effect=PermissionError("busy"))
 
@@ -2039,23 +1963,6 @@ def test_a_checkpoint_is_whole_or_refused(two_ranks, tmp_path):
                 find()
         file.write_bytes(held)
     assert find() == whole
-
-@pytest.mark.parametrize("first, rewards, words", [
-    (1, "4e-3 -4e-3 0 0", "compare OK"), (1, "6e-3 6e-3 6e-3 6e-3", "compare OFF"),  # std is 0.1
-    (3, "0 0", "2 steps compared; 2, which one"), (1, "0 NaN 0 0", "compare OFF"),
-    (5, "0 0", "steps in common"), (1, "0 {", "b/metrics.jsonl, line 3")])
-def test_compare_needs_evidence(first, rewards, words, tmp_path, monkeypatch, capsys):
-    """nan, or two runs without a common step, that agree; a mean of 0 that all is far from."""
-    monkeypatch.setattr(grpo_flux, "plot", lambda *_: None)
-    for name, start, values in (("a", 1, "0 0 0 0"), ("b", first, rewards)):
-        lines = [f'{{"step": {i}, "reward": {x}, "reward_std": 0.1, "loss": 0}}\n\n'  # an empty one
-                 for i, x in enumerate(values.split(), start)]
-        write(tmp_path / name / "metrics.jsonl", "".join(lines))
-    try:
-        grpo_flux.compare_runs(tmp_path / "a", tmp_path / "b")
-    except BadInput as refusal:
-        print(refusal)
-    assert words in capsys.readouterr().out
 
 @pytest.mark.parametrize("flags", [[], [*LORA, *"--ema_decay 0.9 --kl_beta 0.1".split()]])
 def test_resume_is_bit_for_bit(tiny, tmp_path, flags):
@@ -2805,10 +2712,8 @@ if __name__ == "__main__":
             sys.exit(f"{NO_NPU}: {problem!r}")
         del sys.argv[1]
         globals()[sys.argv.pop(1)]()
-    elif sys.argv[1:2] == ["--kill"]:
-        kill_often(*map(int, sys.argv[2:]))
-    elif sys.argv[1:2] == ["--restarts"]:
-        restart_often(*map(int, sys.argv[2:]))
+    elif sys.argv[1:2] == ["--doomed"]:
+        start_again(int(sys.argv[2]))
     else:
         parser = argparse.ArgumentParser(description="Benchmarks; see the top of this file.")
         parser.add_argument("--size", choices=["tiny", "flux-dev"], default="tiny")
