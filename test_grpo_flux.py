@@ -1406,19 +1406,6 @@ def test_prompts_in_names(names, prompts):
         with pytest.raises(BadInput, match=r"--prompt \(not given\): must be.* x/"):
             reward.prompts_from_names(files)
 
-@pytest.mark.parametrize("save", ["pictures", "pictures/", "link", "none/x", "/proc/x", "file/x"])
-def test_places_to_save_to(save, tiny, tmp_path, monkeypatch, capsys):
-    """A folder of pictures that a file of scores replaces; a traceback after all is scored."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reward, "load_reward", lambda *_: pytest.fail("was not at once"))
-    for name in ("pictures/0.png", "file"):
-        write(Path(name), "mine")
-    Path("link").symlink_to("pictures")
-    with pytest.raises(SystemExit, match="2"):
-        score_lines(tiny, capsys, "--prompt", "x", "pictures", "--save", save)
-    assert capsys.readouterr().err.startswith(f"error: --save {save}: must be a file")
-    assert {*map(str, Path().rglob("*"))} == {"pictures", "pictures/0.png", "file", "link"}
-
 @pytest.mark.parametrize("expected, error, allowed", [
     ([0.1, -0.1], 1.49e-5, True), ([0.1, -0.1], 1.51e-5, False), ([0.3], 4.4e-5, True),
     ([0.3], 4.6e-5, False), ([0.0], 0.0, True), ([0.3, math.nan], 0.0, False)])
@@ -1469,31 +1456,37 @@ FILES = {
     "judges.py": JUDGES, "syntax.py": "def", "licence.py": "raise OSError('no licence')",
     "exits.py": "import sys; sys.exit('bye')", "page.png": "<html>", "page.pt": "<html>",
     "one.txt": "a red circle", "empty.txt": "\n \n", "zeros.txt": "a\0", "p.json": json.dumps(TWO),
-    "latin.txt": b"B\xe4r", "other.jsonl":
-    '{"image": "0001.png", "prompt": "y", "score": 1}', "cut.png": b"\x89PNG\r\n\x1a\n\0\0"}
+    "latin.txt": b"B\xe4r", "cut.png": b"\x89PNG\r\n\x1a\n\0\0",
+    "other.jsonl": '{"image": "0001.png", "prompt": "y", "score": 1}'}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 def table(text):
     """The cells of each line, between bars."""
     return [re.split(r" *\| *", line.strip()) for line in text.strip().splitlines()]
 
-# a copy of the tiny FLUX | a file or folder of it | its content, new settings, new name or end |
-# words of the message
-MODELS = table(f"""
-    fill      | model_index.json | {{"_class_name": "FluxFillPipeline"}} | it is a FluxFillPipeline
-    quantized | transformer/config.json | {{"quantization_config": {{}}}} | quantized
-    fp16      | transformer/{WEIGHTS} | a.fp16.safetensors | a variant such as fp16
-    pickled   | vae/{WEIGHTS} | diffusion_pytorch_model.bin | {WEIGHTS}
-    cut       | transformer/{WEIGHTS} | | its files whole
-    pointer   | tokenizer_2/tokenizer.json | version https://git-lfs.github.com | git lfs pull
-    no_words  | tokenizer/tokenizer.json | removed | 2 tokens, its encoder
-    no_vae    | vae | removed | vae
-    no_tokenizer | tokenizer_2 | removed | 104 tokens, its
-    no_shard | transformer/{WEIGHTS}.index.json | {{"metadata":{{}},"weight_map":{{"x":"y2"}}}} | y2
+# a copy | of what | a file or folder of it | its content, new settings, new name or end
+BROKEN = table(f"""
+    fill      | flux | model_index.json | {{"_class_name": "FluxFillPipeline"}}
+    quantized | flux | transformer/config.json | {{"quantization_config": {{}}}}
+    fp16      | flux | transformer/{WEIGHTS} | a.fp16.safetensors
+    pickled   | flux | vae/{WEIGHTS} | diffusion_pytorch_model.bin
+    cut       | flux | transformer/{WEIGHTS} | cut
+    pointer   | flux | tokenizer_2/tokenizer.json | version https://git-lfs.github.com
+    no_words  | flux | tokenizer/tokenizer.json | removed
+    no_vae    | flux | vae | removed
+    no_tokenizer | flux | tokenizer_2 | removed
+    no_shard  | flux | transformer/{WEIGHTS}.index.json | {{"metadata":{{}},"weight_map":{{"x":"y2"}}}}
+    text_tape | tape | config.json | {{"seed": "a"}}
+    few_tape  | tape | config.json | {{"num_prompts": 2}}
+    long_tape | tape | config.json | {{"steps": 2}}
+    zero_tape | tape | config.json | {{"steps": 0}}
+    null_tape | tape | config.json | {{"step_prompts": null}}
+    cut_tape  | tape | step_00001_rank_0.safetensors | cut
+    lora_run  | run | config.json | {{"lora_rank": 4}}
+    other_run | run | config.json | {{"model": "FLUX.1-dev"}}
+    lost_run  | run | config.json | removed
+    cut_run   | run | checkpoints/step_00004/x.safetensors | cut
 """)
-RECORDS = dict(record={}, text=dict(seed="a"), few=dict(num_prompts=2), long=dict(steps=2),
-               null=dict(step_prompts=None), zero=dict(steps=0), bare={}, cut={})
-RUNS = dict(run={}, lora=dict(lora_rank=4), other=dict(model="FLUX.1-dev"), cut={}, lost={})
 QUICK = dict(eval_images=4, num_prompts=1, batch_size=12)
 
 def change_json(path, **changes):
@@ -1507,39 +1500,44 @@ def write_info(folder, tensors, file, **info):
     write(folder / file, save(tensors))
     write(folder / "config.json", json.dumps({"model": "tiny"} | info))
 
+def spoil(path, change):
+    """Make a change of BROKEN to a file."""
+    if change == "removed":
+        reward.remove(path)
+    elif change == "cut":
+        os.truncate(path, 80)
+    elif change.startswith("{") and path.exists():
+        change_json(path, **json.loads(change))
+    elif change.endswith((".safetensors", ".bin")):
+        path.rename(path.with_name(change))
+    else:
+        write(path, change)
+
 @pytest.fixture(scope="session")
 def mess(tiny, tmp_path_factory):
     """A folder full of files with something wrong."""
-    folder, picture = tmp_path_factory.mktemp("mess"), Image.new("RGB", (1, 1))
-    for name in ("pictures", "busy", "empty", f"cache/tiny-{grpo_flux.TINY_VERSION}"):
-        (folder / name).mkdir(parents=True)
+    folder = tmp_path_factory.mktemp("mess")
+    for name, held in FILES.items():
+        write(folder / name, held)
     for name in ("a red dot.png", "0001.png"):
-        picture.save(folder / "pictures" / name)
-    for name, content in FILES.items():
-        write(folder / name, content)
-    for name, file, change, _ in MODELS:
-        path = Path(shutil.copytree(tiny.cfg.model, folder / name)) / file
-        if change == "removed":
-            reward.remove(path)
-        elif change.startswith("{") and path.exists():
-            change_json(path, **json.loads(change))
-        elif change.endswith((".safetensors", ".bin")):
-            path.rename(path.with_name(change))
-        else:
-            write(path, change)
-    for name, info in RECORDS.items():
-        write_info(folder / f"{name}_tape", {f"{'loss' if name == 'bare' else 'reward'}.0":
-                   torch.ones(12)}, "step_00001_rank_0.safetensors",
-                   **dict(steps=1, num_prompts=1, step_prompts=[TWO[:1]]) | info)
-    for name, info in RUNS.items():
-        for step in range(3, 5):
-            run, path = folder / f"{name}_run", f"checkpoints/step_0000{step}"
-            write_info(run, {"weights.x": torch.ones(4)}, f"{path}/x.safetensors",
-                       **asdict(grpo_flux.Config(**grpo_flux.TINY | QUICK)) | info)
-            grpo_flux.write_json(run / path / "manifest.json", grpo_flux.file_sizes(run / path))
-    for file in ("cut_tape/step_00001_rank_0", "cut_run/checkpoints/step_00004/x"):
-        os.truncate(folder / f"{file}.safetensors", 80)
-    (folder / "lost_run" / "config.json").unlink()
+        (folder / "pictures").mkdir(exist_ok=True)
+        Image.new("RGB", (1, 1)).save(folder / "pictures" / name)
+    (folder / "link").symlink_to("pictures")
+    (folder / "empty").mkdir()
+    write(folder / "busy" / "lock", "")
+    (folder / "flux").symlink_to(tiny.cfg.model)
+    write_info(folder / "tape", {"reward.0": torch.ones(12)}, "step_00001_rank_0.safetensors",
+               steps=1, num_prompts=1, step_prompts=[TWO[:1]])
+    write_info(folder / "bare_tape", {"loss.0": torch.ones(1)}, "step_00001_rank_0.safetensors",
+               steps=1, num_prompts=1, step_prompts=[TWO[:1]])
+    for step in ("step_00003", "step_00004"):
+        checkpoint = folder / "run" / "checkpoints" / step
+        write_info(folder / "run", {"weights.x": torch.ones(4)}, checkpoint / "x.safetensors",
+                   **asdict(grpo_flux.Config(**grpo_flux.TINY | QUICK)))
+        grpo_flux.write_json(checkpoint / "manifest.json", grpo_flux.file_sizes(checkpoint))
+    for name, original, file, change in BROKEN:
+        shutil.copytree(folder / original, folder / name)
+        spoil(folder / name / file, change)
     return folder
 
 def cases(text):
@@ -1556,7 +1554,6 @@ EARLY = cases("""
     invalid int           | --steps 1e3
     invalid float         | --eta much
     one argument          | --steps
-    2 arguments           | --compare run_run
     unrecognized          | --step 3 | 3
     must be one of        | --sde ddpm | --device tpu
     must divide the       | --batch_size 9 | --batch_size 6 | --batch_size 96
@@ -1579,22 +1576,21 @@ EARLY = cases("""
     not a table           | --prompts p.json
     --prompts (not given) | --model a/b
     must be tiny          | --model /none --prompts one.txt
-    new folder            | --record run_run
-    not with --replay     | --record a --replay record_tape
+    new folder            | --record run
+    not with --replay     | --record a --replay tape
     folder of --record    | --replay . | --replay none | --replay text_tape
     with --replay zero_tape | --replay zero_tape
     must be a whole file  | --replay cut_tape
     no results            | --replay bare_tape
     --steps 2             | --replay long_tape
     must have step_prompts | --replay few_tape | --replay null_tape
-    two runs              | --compare run_run .
     must be new, empty    | --out pictures | --out lost_run | --out cut
-    not a whole checkpoint | --resume nowhere | --resume run_run | --out cut_run
+    not a whole checkpoint | --resume nowhere | --resume run | --out cut_run
     not a whole checkpoint | --resume cut_run/checkpoints/step_00004
     config.json is gone   | --resume lost_run/checkpoints/step_00003
-    holds a run           | --resume none --out run_run
-    has gone on to        | --resume run_run/checkpoints/step_00003 --out run_run
-    at least 4            | --out run_run --steps 2
+    holds a run           | --resume none --out run
+    has gone on to        | --resume run/checkpoints/step_00003 --out run
+    at least 4            | --out run --steps 2
     must be 4             | --out lora_run
     must be FLUX.1-dev    | --out other_run
 """)
@@ -1607,37 +1603,49 @@ LATE = cases("""
     no backend of this name | --attention x | --attention flash | --attention _native_cudnn
     new folder            | --record one.txt/x
     written to, and that no other | --out one.txt | --out one.txt/x | --out /proc/x | --out busy
-    not of this policy    | --out run_run
     in step 3, prompts 'a | --reward judges:later
     in the evaluation of step 0, prompts 'a red circle' | --reward judges:nan
     to write models to    | XDG_CACHE_HOME=one.txt
-    hf auth login         | --model a/b --prompts one.txt {hps}
-    a folder or hub name  | --model . --prompts one.txt {hps}
-    a folder or hub name  | --model \x1b[31mred --prompts one.txt {hps}
+    hf auth login         | --model a/b
+    a folder or hub name  | --model . | --model \x1b[31mred
+    it is a FluxFillPipeline | --model fill
+    quantized             | --model quantized
+    a variant such as fp16 | --model fp16
+    diffusion_pytorch_model.safetensors | --model pickled
+    its files whole       | --model cut
+    git lfs pull          | --model pointer
+    2 tokens, its encoder | --model no_words
+    104 tokens, its       | --model no_tokenizer
+    vae                   | --model no_vae
+    y2                    | --model no_shard
 """)
-LATE += [(f"--model {name} --prompts one.txt {{hps}}", words) for name, *_, words in MODELS]
 
 # refused by reward.py
-SCORING = [
-    ("pictures --device npu", "CANN"), ("pictures --device tpu", "finds none"),
-    *((name, f"{name}: must be a picture") for name in ("cut.png", "page.png", "none.png")),
-    ("empty", "must be a picture"), ("pictures", "--prompt (not given)"),
-    ("pictures --batch 4", "unrecognized"),
-    ("pictures --prompts one.txt", "1 prompts for 2"),
-    ("pictures --prompt x --prompts one.txt", "not allowed with"),
-    *((f"pictures --prompt x {flags}", words) for flags, words in {
-        "--save none/x": "folder that exists", "--against other.jsonl": "--save wrote",
-        "--against none.jsonl": "--against none.jsonl", "--hps none.pt": "--hps none.pt",
-        "--hps page.pt": "--hps page.pt: must be a whole", "--hps a/b/c.pt": "the download failed",
-        "--pickscore a/b --reward pickscore": "the download failed",
-        "--reward clip": "--clip (not given)", "--reward none": "must be hps, clip",
-        "--reward hps,clip": "one reward"}.items())]
+SCORING = cases("""
+    CANN                  | pictures --device npu
+    finds none            | pictures --device tpu
+    must be a picture     | cut.png | page.png | none.png | empty
+    --prompt (not given)  | pictures
+    unrecognized          | pictures --batch 4
+    1 prompts for 2       | pictures --prompts one.txt
+    not allowed with      | pictures --prompt x --prompts one.txt
+    must be a file        | pictures --prompt x --save pictures | pictures --prompt x --save link
+    must be a file        | pictures --prompt x --save none/x | pictures --prompt x --save /proc/x
+    must be a file        | pictures --prompt x --save one.txt/x
+    --save wrote          | pictures --prompt x --against other.jsonl
+    --against none.jsonl  | pictures --prompt x --against none.jsonl
+    --hps none.pt         | pictures --prompt x --hps none.pt
+    must be a whole       | pictures --prompt x --hps page.pt
+    the download failed   | pictures --prompt x --hps a/b/c.pt
+    the download failed   | pictures --prompt x --pickscore a/b --reward pickscore
+    --clip (not given)    | pictures --prompt x --reward clip
+    must be hps, clip     | pictures --prompt x --reward none
+    one reward            | pictures --prompt x --reward hps,clip
+""")
 
 def stamps(folder):
-    """{file: its size and time} of all files, but for a run's lock and embeddings."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not re.search(
-        r"lock$|/\.text/|__pycache__", str(path))]
-    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+    """{path: when it was changed} of all files and folders."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 @faults
 @pytest.mark.parametrize("program, flags, words", [
@@ -1648,29 +1656,36 @@ def test_refused_in_one_line(program, flags, words, tiny, mess, tmp_path, monkey
     a file of the user that is written all the same."""
     monkeypatch.chdir(mess)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delattr("torch.npu", raising=False)
-    late = [f"--out={tmp_path}/out", *(f"--{name}={value}" for name, value in QUICK.items())]
-    argv, given = ["--device=cpu", *(late if program == "late" else [])], flags.format(
-        hps=f"--hps {tiny.cfg.hps} --hps_arch {tiny.cfg.hps_arch}").split(" ")
-    for word in given:
-        if re.match("[A-Z_]+=", word):
-            monkeypatch.setenv(*word.split("="))
-        else:
-            argv.append(word)
+    given = flags.split(" ")
+    variables = [word for word in given if re.match("[A-Z_]+=", word)]
+    for variable in variables:
+        monkeypatch.setenv(*variable.split("="))
+    argv = ["--device=cpu"]
+    if program == "late":
+        argv += [f"--out={tmp_path}/out", *(f"--{name}={value}" for name, value in QUICK.items())]
+    if program == "late" and "--model" in given:
+        argv += [f"--hps={tiny.cfg.hps}", f"--hps_arch={tiny.cfg.hps_arch}", "--prompts=one.txt"]
+    argv += given[len(variables):]
+
+    too_late = mock.Mock(side_effect=AssertionError("was not at once"))
     if program == "early":
-        monkeypatch.setattr(grpo_flux, "init_distributed", lambda _: pytest.fail("was not at once"))
+        monkeypatch.setattr(grpo_flux, "init_distributed", too_late)
     if "--attention" in argv:
-        monkeypatch.setattr(grpo_flux, "tiny_models", lambda _: pytest.fail("models come first"))
+        monkeypatch.setattr(grpo_flux, "tiny_models", too_late)
+    if "--save" in argv:
+        monkeypatch.setattr(reward, "load_reward", too_late)
     files = stamps(mess)
-    with FileLock("busy/lock"), pytest.raises(SystemExit) as end:
+    with FileLock("busy/lock"), pytest.raises(SystemExit, match="2"):
         try:
             (reward if program == "scoring" else grpo_flux).main(argv)
         except BadInput as problem:
             reward.exit_with_error(problem)
     *before, line = capfd.readouterr().err.splitlines()
     assert words in line and line.startswith("error: ") and line.isprintable()
-    assert end.value.code == 2 and not any("Traceback" in text for text in before)
+    assert not any("Traceback" in text for text in before)
     assert not before or program != "early"
     assert any(word in line for word in [*given, "(not given)", "RANK"])
     assert stamps(mess) == files
