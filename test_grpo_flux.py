@@ -1375,15 +1375,15 @@ def test_reward_command_line(score_lines, tmp_path, monkeypatch, pick):
     picture.parent.mkdir()
     Image.fromarray(reward.draw("a red circle")).save(picture)
     write(Path("own_light.py"), "def f(images, prompts): return [len(p) for p in prompts]")
-    flags = "--reward own_light:f ~/pictures --device cpu --save ~/s.jsonl"
-    done = subprocess.run(f"{sys.executable} {HERE}/reward.py {flags} | true", shell=True,
-                          stderr=subprocess.PIPE, text=True)
+    flags = "--reward own_light:f ~/pictures --device cpu --save ~/s.jsonl".split()
+    done = subprocess.run(["bash", "-c", '"$@" | true', "", sys.executable, HERE / "reward.py",
+                           *flags], stderr=-1, text=True)
     assert done.stderr == f"the first: {picture}: a café\n"
     assert json.loads(Path("s.jsonl").read_text()) == dict(
         image=picture.name, prompt="a café", score=6)
     score = reward.PickScore(pick)(reward.read_image(picture), ["a"]).item()
-    printed = score_lines("--reward", "pickscore", "--pickscore", pick, "--prompt", "a", "~/pictures")
-    assert printed == {picture.name: pytest.approx(score, abs=1e-5)}
+    flags = "--reward pickscore --prompt a ~/pictures --pickscore".split()
+    assert score_lines(*flags, pick) == {picture.name: pytest.approx(score, abs=1e-5)}
     monkeypatch.setattr("sys.stdout", types.SimpleNamespace(encoding="ascii"))
     assert reward.printable("é\udcff\x1b\u4e2d") == r"\xe9\udcff\x1b\u4e2d"
 
@@ -1422,7 +1422,8 @@ def test_scores_of_two_devices(score_lines, capsys):
     by_shell = sorted(map(str, pictures.iterdir()))
     for saved, given, status, words in (
             (right, ["pictures"], 0, "reward OK"), (far, ["pictures"], 3, "reward OFF"),
-            (right[::-1], ["pictures"], 2, "same order"), (right[1:], ["pictures"], 2, "same order"),
+            (right[::-1], ["pictures"], 2, "same order"),
+            (right[1:], ["pictures"], 2, "same order"),
             (right, ["pictures", "--prompts", "p.txt"], 0, "reward OK"),
             (right, [*by_shell, "--prompts", "p.txt"], 2, "in the order of their names")):
         write(Path("s.jsonl"), "".join(saved))
@@ -1769,18 +1770,23 @@ def test_errors_of_processes(error, of_processes, capsys):
 
 @pytest.mark.parametrize("name", "SIGTERM SIGHUP SIGUSR1 SIGUSR2 SIGINT".split())
 def test_signal_saves_and_stops(name, tiny, tmp_path, monkeypatch, capfd):
-    """Steps lost when a machine goes; a handler that stays and swallows the next signal; a run
-    that goes on with other settings without a word, or is finished and begins anew."""
+    """Steps lost when a machine goes; a second signal that is swallowed; a run that goes on with
+    other settings without a word, or is finished and begins anew."""
     monkeypatch.chdir(tmp_path)
-    number = getattr(signal, name)
-    flags, handler = [*SHORT, "--eval_images", "1"], signal.default_int_handler
-    before = signal.signal(number, handler)  # a job in the background may ignore it
+    number, draw = getattr(signal, name), grpo_flux.draw_latents
+    flags = [*SHORT, "--eval_images", "1"]
+
+    def draw_and_signal(*args):  # in step 1
+        os.kill(os.getpid(), number)
+        assert signal.getsignal(number) == signal.SIG_DFL  # a second one kills
+        return draw(*args)
+
+    before = signal.signal(number, signal.default_int_handler)  # in a background it is ignored
     with pytest.raises(SystemExit) as end, monkeypatch.context() as patch:
-        patch.setattr(grpo_flux, "draw_latents", lambda *args, draw=grpo_flux.draw_latents: (
-            os.kill(os.getpid(), number) or draw(*args)))  # in step 1
+        patch.setattr(grpo_flux, "draw_latents", draw_and_signal)
         grpo_flux.main(flags)
+    signal.signal(number, before)
     assert end.value.code == (130 if name == "SIGINT" else 0)
-    assert signal.signal(number, before) == handler
     assert [path.name for path in grpo_flux.checkpoints("runs/tiny")] == ["step_00001"]
     if name == "SIGTERM":
         flags += ["--clip_range", "1e-3"]
@@ -1898,11 +1904,12 @@ def test_files_of_the_user(tiny, tmp_path, monkeypatch, capfd):
         shutil.move(run / name, disk / name)
         (run / name).symlink_to(disk / name)
     mine = [run / name for name in ("text/prompts.txt", "notes.txt", "sub/.writing-x/y")]
-    for path in [*mine, disk / "checkpoints" / ".old-step_00000" / "x", disk / ".writing-export"]:
+    for path in (*mine, disk / ".writing-export", disk / "checkpoints" / ".old-step_00000",
+                 disk / "checkpoints" / ".old-busy"):
         write(path, "mine")
 
     def remove_unless_busy(path):  # as is what another program reads
-        if path.name == "step_00001":
+        if path.name in ("step_00001", ".old-busy"):
             raise PermissionError("busy")
         remove(path)
 
@@ -1911,8 +1918,8 @@ def test_files_of_the_user(tiny, tmp_path, monkeypatch, capfd):
     assert "step_00001 stays: busy" in capfd.readouterr().err
     assert [path.read_text() for path in mine] == ["mine"] * 3
     assert sorted(str(path.relative_to(disk)) for path in [*disk.glob("*"), *disk.glob("*/*")]) == [
-        "checkpoints", "checkpoints/step_00001", "checkpoints/step_00003",
-        "checkpoints/step_00004", "export", "export/transformer"]
+        "checkpoints", "checkpoints/.old-busy", "checkpoints/step_00001",
+        "checkpoints/step_00003", "checkpoints/step_00004", "export", "export/transformer"]
     assert (run / "export").is_symlink() and (run / "checkpoints").is_symlink()
     assert "right_both" not in grpo_flux.read_metrics(run)[0]  # its judge knows 32 x 32 alone
     for folder in grpo_flux.checkpoints(run):
@@ -1927,10 +1934,11 @@ def test_what_a_resumed_run_may_change(tiny, tmp_path):
     model, prompts = Path(shutil.copytree(tiny.cfg.model, tmp_path / "model")), tmp_path / "p.txt"
     prompts.write_text("a red circle")
     cfg = grpo_flux.Config(**grpo_flux.TINY | dict(model=str(model), prompts=str(prompts)))
-    grpo_flux.write_json(tmp_path / "config.json", grpo_flux.describe_run(cfg, CPU))
-    change_json(tmp_path / "config.json", lora_alpha=128)  # an int, as somebody may have edited it
-    def check(name="seed", value=0):
-        ours = types.SimpleNamespace(**vars(cfg) | {name: value})
+    then = grpo_flux.describe_run(cfg, CPU) | dict(lora_alpha=128)  # an int: somebody's edit
+    write(tmp_path / "config.json", json.dumps(then))
+
+    def check(**changes):
+        ours = types.SimpleNamespace(**vars(cfg) | changes)
         try:
             return grpo_flux.check_same_experiment(ours, tmp_path / "checkpoints" / "step_00002")
         except BadInput as refusal:
@@ -1941,16 +1949,18 @@ def test_what_a_resumed_run_may_change(tiny, tmp_path):
         old = getattr(cfg, f.name)
         new = old + {str: "x", tuple: ("x",)}.get(f.type, 1)
         words = {"same": f"--{f.name} {new}: must be {old or '(not given)'}",
-                 "tuned": f"{f.name} {old} -> {new}", "free": "", "local": ""}[f.metadata["resume"]]
-        assert check(f.name, new).startswith(words) and bool(check(f.name, new)) == bool(words)
-    assert check("ema_decay", 0.0).startswith("--ema_decay 0.0: must be 0.9")
+                 "tuned": f"{f.name} {old} -> {new}"}.get(f.metadata["resume"], "")
+        given = check(**{f.name: new})
+        assert given.startswith(words) and bool(given) == bool(words)
+    assert check(ema_decay=0.0).startswith("--ema_decay 0.0: must be 0.9")
     write(model / ".cache" / "huggingface" / "x.metadata", "a later download")
-    assert check("model", str(shutil.move(model, tmp_path / "moved"))) == ""
-    other = Path(shutil.copytree(tmp_path / "moved", model)) / "transformer" / WEIGHTS
+    moved = str(shutil.move(model, tmp_path / "moved"))
+    assert check(model=moved) == ""
+    other = Path(shutil.copytree(moved, model), "transformer", WEIGHTS)
     save_file({name: x + 1e-3 for name, x in load_file(other).items()}, other)
     assert check().startswith(f"--model {model}: must be {model} with the same content")
     prompts.write_text("a blue circle")
-    assert check("model", str(tmp_path / "moved")).startswith(f"--prompts {prompts}: must be")
+    assert check(model=moved).startswith(f"--prompts {prompts}: must be")
 
 def test_a_checkpoint_is_whole_or_refused(two_ranks, tmp_path):
     """Weights of the start where a copy has left out a shard, or cut it off."""
@@ -1995,6 +2005,8 @@ def test_export_is_the_trained_policy(tiny, tmp_path, rank):
     inputs = torch.randn(2, 16, 16), torch.full((2, 1, 1), 0.6), tiny.text(TWO)
     pipe = FluxPipeline.from_pretrained(tiny.cfg.model, vae=None)
     if rank:  # peft takes alpha for the rank, unless a file says more than ours
+        with pytest.raises(BadInput, match=f"--resume {folder}: is not of this policy"):
+            tiny.policy.load(folder)
         pipe.load_lora_weights(export)
         assert len(load_file(next(export.iterdir()))) == 2 * (2 * 12 + 2 * 5)
         assert all("lora" in name for name in load_file(next(folder.glob("*.safetensors"))))
