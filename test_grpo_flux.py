@@ -22,7 +22,6 @@ import pkgutil
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
