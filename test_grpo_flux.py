@@ -1589,7 +1589,7 @@ LATE = cases("""
     hf auth login         | --model a/b
     a folder or hub name  | --model . | --model \x1b[31mred
     it is a FluxFillPipeline | --model fill
-    quantized             | --model quantized
+    training needs the original | --model quantized
     a variant such as fp16 | --model fp16
     diffusion_pytorch_model.safetensors | --model pickled
     its files whole       | --model cut
