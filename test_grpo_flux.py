@@ -1820,7 +1820,7 @@ def content(folder):
 
 def doomed(seed, attempt, rank=0):
     """Run grpo_flux.py and, unless seed is 0, kill it up to 5 ms after it opens a file to write,
-    renames or removes one: after each with the same chance, about three times a run."""
+    renames or removes one. Each time has the same chance to be the last, so it dies anywhere."""
     rng, fit = np.random.default_rng([seed, attempt, rank]), reward.fit
     chance = 0.03 if seed else 0
 
@@ -1880,8 +1880,8 @@ def test_few_kills(few_kills):
 def test_many_kills(ranks, tmp_path, heavy):
     """What only one moment in forty shows; a restart that connects to what the attempt before it
     left, and hangs or is lost."""
-    whole, *killed = [run_with_kills(tmp_path, ranks, seed) for seed in range(14)]
-    assert killed == 13 * [whole]
+    whole, *killed = [run_with_kills(tmp_path, ranks, seed) for seed in range(7)]
+    assert killed == 6 * [whole]
 
 @faults
 def test_files_of_the_user(tiny, tmp_path, monkeypatch, capfd):
