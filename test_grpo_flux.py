@@ -1646,7 +1646,7 @@ def test_refused_in_one_line(program, flags, words, tiny, mess, tmp_path, monkey
     monkeypatch.delattr("torch.npu", raising=False)
     given, argv = flags.split(" "), ["--device=cpu"]
     if program == "late":
-        argv += f"--out={tmp_path}/out --eval_images=4 --num_prompts=1 --batch_size=12".split()
+        argv += [f"--out={tmp_path}/out", *SHORT, "--steps=3"]
     if program == "late" and "--model" in given:
         argv += [f"--hps={tiny.cfg.hps}", f"--hps_arch={tiny.cfg.hps_arch}", "--prompts=one.txt"]
     for word in given:
@@ -1949,7 +1949,7 @@ def test_what_a_resumed_run_may_change(tiny, tmp_path):
     moved = str(shutil.move(model, tmp_path / "moved"))
     assert check(model=moved) == ""
     other = Path(shutil.copytree(moved, model), "transformer", WEIGHTS)
-    save_file({name: x + 1e-3 for name, x in load_file(other).items()}, other)
+    other.write_bytes(other.read_bytes()[:-4] + b"else")  # of the same size
     assert check().startswith(f"--model {model}: must be {model} with the same content")
     prompts.write_text("a blue circle")
     assert check(model=moved).startswith(f"--prompts {prompts}: must be")
