@@ -1431,7 +1431,7 @@ async def wait(images, prompts): pass
 def nan(images, prompts): return torch.tensor([0.0, float("nan")] * (len(images) // 2))
 def later(images, prompts):
     calls.append(1)
-    return images.mean((1, 2, 3)) / (len(calls) < 4)
+    return images.mean((1, 2, 3)) / (len(calls) < 5)
 """
 FILES = {
     "judges.py": JUDGES, "syntax.py": "def", "licence.py": "raise OSError('no licence')",
@@ -1456,7 +1456,7 @@ BROKEN = table(f"""
     no_words  | flux | tokenizer/tokenizer.json | removed
     no_vae    | flux | vae | removed
     no_tokenizer | flux | tokenizer_2 | removed
-    no_shard  | flux | transformer/{WEIGHTS}.index.json | {{"weight_map": {{"x": "y2"}}}}
+    shard | flux | transformer/{WEIGHTS}.index.json | {{"metadata":{{}},"weight_map":{{"x":"y2"}}}}
     text_tape | tape | config.json | {{"seed": "a"}}
     few_tape  | tape | config.json | {{"num_prompts": 2}}
     long_tape | tape | config.json | {{"steps": 2}}
@@ -1597,7 +1597,7 @@ LATE = cases("""
     2 tokens, its encoder | --model no_words
     104 tokens, its       | --model no_tokenizer
     vae                   | --model no_vae
-    y2                    | --model no_shard
+    y2                    | --model shard
 """)
 
 # refused by reward.py
@@ -1646,7 +1646,7 @@ def test_refused_in_one_line(program, flags, words, tiny, mess, tmp_path, monkey
     monkeypatch.delattr("torch.npu", raising=False)
     given, argv = flags.split(" "), ["--device=cpu"]
     if program == "late":
-        argv += [f"--out={tmp_path}/out", *SHORT, "--steps=3"]
+        argv += [f"--out={tmp_path}/out", *FAULTY.split()]
     if program == "late" and "--model" in given:
         argv += [f"--hps={tiny.cfg.hps}", f"--hps_arch={tiny.cfg.hps_arch}", "--prompts=one.txt"]
     for word in given:
