@@ -913,7 +913,7 @@ def read_record(folder):
         for f in fields(Config):
             if f.name in info and f.name not in LOCAL:
                 settings[f.name] = value_type(f)(info[f.name])
-        return settings, info["step_prompts"]
+        return settings, list(info["step_prompts"])
 
 # ------------------------------------------------------------------------------- processes
 
@@ -1621,7 +1621,7 @@ def check_same_experiment(cfg, folder):
     update that have changed since, as text such as ", kl_beta 0.0 -> 0.1"."""
     with bad_input_if_fails(f"--resume {folder}: must lie in a run with its config.json"):
         then = json.loads((folder.parent.parent / "config.json").read_text())
-        fingerprints = then["fingerprints"]
+        fingerprints = then.get("fingerprints", {})
     changes = ""
     for f in fields(Config):
         ours = getattr(cfg, f.name)
@@ -1632,7 +1632,7 @@ def check_same_experiment(cfg, folder):
         if equal or f.name in FREE + LOCAL:
             continue
         content = " with the same content" if f.name in FILE_FLAGS else ""
-        no_average = f.name == "ema_decay" and theirs == 0  # to begin with
+        no_average = f.name == "ema_decay" and not (ours and theirs)
         require(f.name in TUNED and not no_average,
                 f"--{f.name} {ours}: must be {theirs or '(not given)'}{content}, as in the run of "
                 f"{folder}; or give another --out")
@@ -1809,7 +1809,7 @@ def check_inputs(cfg, step_prompts, world):
     if cfg.replay:
         require([len(prompts) for prompts in step_prompts[:steps]] == [P] * steps,
                 f"--replay {cfg.replay}: its config.json must have step_prompts, {P} prompts for "
-                f"each of {steps} steps")
+                f"each of --steps {steps}")
     else:
         require(cfg.prompts or cfg.model == "tiny",
                 "--prompts (not given): must be a text file with one prompt per line")
@@ -1962,7 +1962,8 @@ def start_run(cfg, prompts):
         run = Run(cfg, prompts, out, device, rank, world)
         info = describe_run(replace(cfg, dtype=run.cfg.dtype), device)
         if cfg.record and rank == 0:
-            Path(cfg.record).mkdir(parents=True)
+            with bad_input_if_fails(f"--record {cfg.record}: must be a new folder"):
+                Path(cfg.record).mkdir(parents=True)
             write_json(Path(cfg.record) / "config.json", info | {"step_prompts": prompts[0]})
         gather(None)  # the folder of the record is there
         train(run, info, checkpoint)

@@ -55,8 +55,8 @@ def is_collective_error(error):
     """Tell whether a collective has failed: another process has ended, or the network has."""
     # Backends raise RuntimeError or a kind of it, such as DistStoreError; the texts of OSError
     # and ValueError may hold a user's paths.
-    return isinstance(error, RuntimeError) and bool(
-        re.search("(?i)^dist|gloo|nccl|hccl", repr(error)))
+    named = re.search("(?i)^dist|gloo|nccl|hccl", repr(error))
+    return isinstance(error, RuntimeError) and named
 
 @contextmanager
 def bad_input_if_fails(message):
@@ -364,7 +364,8 @@ def score(rewards, images, prompts, where):
         values = result.detach().float().cpu()
         require(values.shape == (len(images),) and values.isfinite().all(),
                 f"--reward {name}: must return {len(images)} finite numbers for as many images, "
-                f"but gave {values.tolist()} in {where}, prompts {prompts[0]!r} ...")
+                f"but in {where}, prompts {prompts[0]!r} ..., it gave the shape "
+                f"{tuple(values.shape)}: {values.flatten()[:8].tolist()}")
         scores[name] = values
     return scores
 

@@ -1045,8 +1045,7 @@ def test_checkpoints_of_others(tiny, tmp_path):
     file, arch, images = tmp_path / "clip.pt", tiny.cfg.hps_arch, torch.rand(2, 3, 40, 32)
     state = torch.load(tiny.cfg.hps)["state_dict"]
     half = {f"module.{name}": x.half() for name, x in state.items()}
-    numbers = dict(loss=np.float64(0.3), epoch=np.int64(3), half=np.float16(1), done=np.bool_(True))
-    for saved in (half, {"model": state}, {"state_dict": half} | numbers):
+    for saved in (half, {"state_dict": half, "epoch": 3}):
         torch.save(saved, file)
         hps = reward.HPS(file, arch)
         assert torch.allclose(hps(images, TWO), tiny.hps(images, TWO), atol=1e-3)
@@ -1056,7 +1055,9 @@ def test_checkpoints_of_others(tiny, tmp_path):
         torch.save(saved, file)
         with pytest.raises(BadInput, match=f"(?s)--clip .*clip.pt: .*{words}"):
             reward.HPS(file, arch, flag="--clip")
-    assert reward.new_clip("MobileCLIP-S1")[0].visual.image_mean == (0, 0, 0)  # as all its weights
+    torch.save(open_clip.create_model("MobileCLIP-S1").state_dict(), file)
+    other = reward.HPS(file, "MobileCLIP-S1")
+    assert other.model.visual.image_mean == (0, 0, 0)  # as for all published weights of it
 
 def test_reward_specs():
     """A weight dropped without a word; a reward of weight 0 refused; a run without any reward."""
@@ -1067,15 +1068,15 @@ def test_reward_specs():
             reward.parse_rewards(bad)
 
 def test_own_rewards_spoil_nothing(tmp_path, monkeypatch):
-    """One reward that changes the images or prompts of all others; a module that moves the run."""
+    """One reward that changes the images or prompts of all others."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", sys.path[:])
-    write(Path("spoiler.py"), "import os\nos.chdir('/')\ndef f(images, prompts):\n"
+    write(Path("spoiler.py"), "def f(images, prompts):\n"
           "    images.zero_()\n    return [len(prompts.pop())] * 2")
     images, prompts = torch.ones(2, 3, 4, 4), ["a", "bc"]
     rewards = dict.fromkeys("fgh", (1.0, reward.load_reward("spoiler:f")))
     scores = reward.score(rewards, images, prompts, "step 1")
-    assert Path.cwd() == tmp_path and images.min() == 1 and prompts == ["a", "bc"]
+    assert images.min() == 1 and prompts == ["a", "bc"]
     assert {name: r.tolist() for name, r in scores.items()} == dict.fromkeys("fgh", [2, 2])
 
 NO_MEMORY = mock.Mock(side_effect=torch.OutOfMemoryError("of the device"))
@@ -1118,15 +1119,15 @@ def test_atomic_write(tmp_path):
             raise OSError
         assert path == other and path.exists()
     assert [*tmp_path.rglob("*")] == [final, final / "shard"]
-    with mock.patch("os.unlink", side_effect=PermissionError(1, "Mine", "shard")):
-        with pytest.raises(PermissionError, match=f"Mine: '{tmp_path}/.old-x'"):
+    with mock.patch("shutil.rmtree", side_effect=PermissionError(1, "Mine")):
+        with pytest.raises(PermissionError, match="Mine"):
             reward.remove(final)  # a kill would leave the same
     assert [file.name for file in tmp_path.iterdir()] == [".old-x"]
     reward.remove(tmp_path / ".old-x")
     assert not list(tmp_path.iterdir())
 
 def test_files_of_the_user_stay(tmp_path, monkeypatch):
-    """A folder replaced by a file; what a link points to removed; a link or pipe replaced."""
+    """A folder replaced by a file; what a link points to removed; a link replaced."""
     monkeypatch.chdir(tmp_path)
     write(Path("disk/folder/mine"), "")
     write(Path("disk/file"), "mine")
@@ -1142,12 +1143,6 @@ def test_files_of_the_user_stay(tmp_path, monkeypatch):
         reward.remove(name)
     assert {*Path().rglob("*")} == {Path("disk"), Path("disk/folder"), Path("disk/file")}
     assert not Path("disk/file").read_text()
-    os.mkfifo("pipe")
-    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
-    with reward.atomic_write("pipe") as work:
-        work.write_text("scores")
-    assert os.read(reader, 9) == b"scores"
-    os.close(reader)
 
 def test_attention_of_cudnn_is_off(monkeypatch):
     """Gradients that are nan on Hopper and Blackwell."""
@@ -1218,8 +1213,7 @@ def test_pictures_as_people_have_them(score_lines):
     clear.putalpha(0)
     white = Image.new("RGB", red.size, "white")
     pictures = {"red.png": red, "blue.png": blue, "red.tiff": red, "grey.png": grey,
-                "clear.png": clear, "white.png": white, ".hidden.png": red,
-                "deep.png": Image.fromarray(np.asarray(grey).astype("uint16") * 257)}
+                "clear.png": clear, "white.png": white, ".hidden.png": red}
     for name, picture in pictures.items():
         picture.save(name)
     red.transpose(Image.Transpose.ROTATE_90).save("side.png", exif=exif)
@@ -1229,26 +1223,26 @@ def test_pictures_as_people_have_them(score_lines):
     assert scores.keys() == {"side.png", *pictures} - {".hidden.png"}
     assert scores["red.png"] == scores["red.tiff"] == scores["side.png"] > scores["blue.png"] + 0.2
     assert scores["clear.png"] == scores["white.png"] != scores["red.png"] != scores["grey.png"]
-    assert scores["deep.png"] == scores["grey.png"]  # 16 bits of grey
+    Image.fromarray(np.asarray(grey).astype("uint16") * 257).save("deep.png")
+    with pytest.raises(BadInput, match="deep.png: .*16 bits"):
+        reward.read_image("deep.png")
 
 def test_reward_command_line(score_lines, tmp_path, monkeypatch, pick):
-    """An own reward or PickScore that is not called; a terminal that cannot print a name; a folder
-    named ~; scores that are lost with the reader of a pipe."""
-    monkeypatch.setenv("HOME", str(tmp_path))
+    """An own reward or PickScore that is not called; a name that steers the terminal; scores that
+    are lost with the reader of a pipe."""
     picture = tmp_path / "pictures" / "0_a_café.png"
     picture.parent.mkdir()
     Image.fromarray(reward.draw("a red circle")).save(picture)
     write(Path("own_light.py"), "def f(images, prompts): return [len(p) for p in prompts]")
-    flags = "--reward own_light:f ~/pictures --device cpu --save ~/s.jsonl".split()
+    flags = "--reward own_light:f pictures --device cpu --save s.jsonl".split()
     done = subprocess.run(["bash", "-c", '"$@" | true', "", sys.executable, HERE / "reward.py",
                            *flags], stderr=-1, text=True)
-    assert done.stderr == f"the first: {picture}: a café\n"
+    assert done.stderr == f"the first: pictures/{picture.name}: a café\n"
     assert json.loads(Path("s.jsonl").read_text()) == dict(
         image=picture.name, prompt="a café", score=6)
     score = reward.PickScore(pick)(reward.read_image(picture), ["a"]).item()
-    flags = "--reward pickscore --prompt a ~/pictures --pickscore".split()
+    flags = "--reward pickscore --prompt a pictures --pickscore".split()
     assert score_lines(*flags, pick) == {picture.name: pytest.approx(score, abs=1e-5)}
-    monkeypatch.setattr("sys.stdout", types.SimpleNamespace(encoding="ascii"))
     assert reward.printable("é\udcff\x1b\u4e2d") == r"\xe9\udcff\x1b\u4e2d"
 
 def test_prompts_in_names():
@@ -1301,8 +1295,7 @@ FAULTY = ("--device cpu --num_prompts 1 --num_generations 2 --micro_batch 2 --sa
           "--batch_size 2 --eval_images 2 --eval_every 2 --save_every 1 --learning_rate 1e-3 "
           "--ema_decay 0 --steps 4")
 JUDGES = """import torch
-number, calls = 3, []
-async def wait(images, prompts): pass
+calls = []
 def nan(images, prompts): return torch.tensor([0.0, float("nan")] * (len(images) // 2))
 def later(images, prompts):
     calls.append(1)
@@ -1311,7 +1304,7 @@ def later(images, prompts):
 FILES = {
     "judges.py": JUDGES, "syntax.py": "def", "licence.py": "raise OSError('no licence')",
     "exits.py": "import sys; sys.exit('bye')", "page.png": "<html>", "page.pt": "<html>",
-    "one.txt": "a red circle", "empty.txt": "\n \n", "zeros.txt": "a\0", "p.json": json.dumps(TWO),
+    "one.txt": "a red circle", "empty.txt": "\n \n", "p.json": json.dumps(TWO),
     "latin.txt": b"B\xe4r", "cut.png": b"\x89PNG\r\n\x1a\n\0\0",
     "other.jsonl": '{"image": "0001.png", "prompt": "y", "score": 1}'}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -1381,9 +1374,8 @@ def mess(tiny, tmp_path_factory):
     (folder / "busy" / "lock").touch()
     (folder / "link").symlink_to("pictures")
     (folder / "flux").symlink_to(tiny.cfg.model)
-    for name, result in (("tape", "reward.0"), ("bare_tape", "loss.0")):
-        write_info(folder / name, {result: torch.ones(12)}, "step_00001_rank_0.safetensors",
-                   steps=1, num_prompts=1, step_prompts=[TWO[:1]])
+    write_info(folder / "tape", {"reward.0": torch.ones(12)}, "step_00001_rank_0.safetensors",
+               steps=1, num_prompts=1, step_prompts=[TWO[:1]])
     for step in ("step_00003", "step_00004"):
         checkpoint = folder / "run" / "checkpoints" / step
         write_info(folder / "run", {"weights.x": torch.ones(4)}, checkpoint / "x.safetensors",
@@ -1402,7 +1394,7 @@ def cases(text):
 EARLY = cases("""
     from 1 to             | --steps 0 | --steps 99999999999
     from 0 to             | --seed -1 | --ema_decay 1
-    at least 0            | --kl_beta nan | --kl_beta inf
+    from 0 to             | --kl_beta nan | --kl_beta inf
     must be from          | --eta 0 | --eta inf
     below                 | --sde_window 8
     invalid int           | --steps 1e3
@@ -1418,14 +1410,12 @@ EARLY = cases("""
     above 0               | --reward hps:0
     function              | --reward hps:nan | --reward nothing_here:f
     no attribute          | --reward judges:none | --reward json:f
-    of type int           | --reward judges:number
-    it is async           | --reward judges:wait
     (SyntaxError          | --reward syntax:f
     no licence            | --reward licence:f
     parses arguments (SystemExit: bye) | --reward exits:f
     not found; must be a file | --hps none.pt | --reward clip --clip a/b | --hps /x/a.pt
     not found; must be a file | --reward pickscore --pickscore a/b/c
-    in UTF-8              | --prompts none.txt | --prompts zeros.txt | --prompts latin.txt
+    in UTF-8              | --prompts none.txt | --prompts latin.txt
     in UTF-8              | --prompts busy
     is empty              | --prompts empty.txt
     not a table           | --prompts p.json
@@ -1433,18 +1423,15 @@ EARLY = cases("""
     must be tiny          | --model /none --prompts one.txt
     new folder            | --record run
     not with --replay     | --record a --replay tape
-    folder of --record    | --replay . | --replay none | --replay text_tape
-    with --replay zero_tape | --replay zero_tape
-    must be a whole file  | --replay cut_tape
-    no results            | --replay bare_tape
-    --steps 2             | --replay long_tape
-    must have step_prompts | --replay few_tape | --replay null_tape
+    folder of --record    | --replay . | --replay none | --replay text_tape | --replay null_tape
+    must be from 1        | --replay zero_tape
+    each of --steps 2     | --replay long_tape
+    must have step_prompts | --replay few_tape
     must be new, empty    | --out pictures | --out lost_run | --out cut
     not a whole checkpoint | --resume nowhere | --resume run | --out cut_run
     not a whole checkpoint | --resume cut_run/checkpoints/step_00004
-    config.json is gone   | --resume lost_run/checkpoints/step_00003
-    holds a run           | --resume none --out run
-    has gone on to        | --resume run/checkpoints/step_00003 --out run
+    must lie in a run     | --resume lost_run/checkpoints/step_00003
+    has gone on to        | --resume run/checkpoints/step_00003 --out run | --resume none --out run
     at least 4            | --out run --steps 2
     must be 4             | --out lora_run
     must be FLUX.1-dev    | --out other_run
@@ -1457,6 +1444,7 @@ LATE = cases("""
     not all of torchrun's | RANK=0 | RANK=0 WORLD_SIZE=1
     no backend of this name | --attention x | --attention flash | --attention _native_cudnn
     new folder            | --record one.txt/x
+    must be a whole file  | --replay cut_tape
     written to, and that no other | --out one.txt | --out one.txt/x | --out /proc/x | --out busy
     in step 3, prompts 'a | --reward judges:later
     in the evaluation of step 0, prompts 'a red circle' | --reward judges:nan
@@ -1493,7 +1481,7 @@ SCORING = cases("""
     must be a whole       | pictures --prompt x --hps page.pt
     accept the licence    | pictures --prompt x --hps a/b/c.pt
     give its path         | pictures --prompt x --clip a/b/c.pt --reward clip
-    the download failed   | pictures --prompt x --pickscore a/b --reward pickscore
+    owner/name of the hub | pictures --prompt x --pickscore a/b --reward pickscore
     --clip (not given)    | pictures --prompt x --reward clip
     must be hps, clip     | pictures --prompt x --reward none
     one reward            | pictures --prompt x --reward hps,clip
@@ -1661,9 +1649,7 @@ def test_signal_saves_and_stops(name, tiny, tmp_path, monkeypatch, capfd):
         assert [line["step"] for line in grpo_flux.read_metrics("runs/tiny")] == [0, 1, 2]
         printed = capfd.readouterr().out
         assert "look at runs/tiny/before_after.png" in printed
-        assert "changed since step 1: clip_range 0.0005 -> 0.001\n" in printed
-        grpo_flux.main(flags)
-        assert capfd.readouterr().out.startswith("the run in runs/tiny has finished its 2 steps")
+        assert "from runs/tiny/checkpoints/step_00001, clip_range 0.0005 -> 0.001\n" in printed
         with pytest.raises(BadInput, match="--hps none.pt"):
             grpo_flux.main([*flags, "--hps", "none.pt"])
 
@@ -1814,9 +1800,12 @@ def test_what_a_resumed_run_may_change(tiny, tmp_path):
     assert check() == ""
     for f in fields(cfg):
         old = getattr(cfg, f.name)
-        new = old + {str: "x", tuple: ("x",)}.get(f.type, 1)
-        words = {"same": f"--{f.name} {new}: must be {old or '(not given)'}",
-                 "tuned": f"{f.name} {old} -> {new}"}.get(f.metadata["resume"], "")
+        new = old + {str: "x"}.get(f.type, 1)
+        words = f"--{f.name} {new}: must be {old or '(not given)'}"
+        if f.name in grpo_flux.TUNED:
+            words = f", {f.name} {old} -> {new}"
+        elif f.name in grpo_flux.FREE + grpo_flux.LOCAL:
+            words = ""
         given = check(**{f.name: new})
         assert given.startswith(words) and bool(given) == bool(words)
     assert check(ema_decay=0.0).startswith("--ema_decay 0.0: must be 0.9")
@@ -1839,8 +1828,7 @@ def test_a_checkpoint_is_whole_or_refused(two_ranks, tmp_path):
         held = file.read_bytes()
         for left in (held[:-1], b"", None):
             file.unlink() if left is None else file.write_bytes(left)
-            name = whole.name if file.suffix == ".json" else f"{whole.name} is not .*{file.name}"
-            with pytest.raises(BadInput, match=name):
+            with pytest.raises(BadInput, match=f"{whole.name} is not a whole checkpoint"):
                 find()
         file.write_bytes(held)
     assert find() == whole
