@@ -1328,9 +1328,7 @@ BROKEN = table(f"""
     text_tape | tape | config.json | {{"seed": "a"}}
     few_tape  | tape | config.json | {{"num_prompts": 2}}
     long_tape | tape | config.json | {{"steps": 2}}
-    zero_tape | tape | config.json | {{"steps": 0}}
     null_tape | tape | config.json | {{"step_prompts": null}}
-    cut_tape  | tape | step_00001_rank_0.safetensors | cut
     lora_run  | run | config.json | {{"lora_rank": 4}}
     other_run | run | config.json | {{"model": "FLUX.1-dev"}}
     lost_run  | run | config.json | removed
@@ -1424,7 +1422,6 @@ EARLY = cases("""
     new folder            | --record run
     not with --replay     | --record a --replay tape
     folder of --record    | --replay . | --replay none | --replay text_tape | --replay null_tape
-    must be from 1        | --replay zero_tape
     each of --steps 2     | --replay long_tape
     must have step_prompts | --replay few_tape
     must be new, empty    | --out pictures | --out lost_run | --out cut
@@ -1444,7 +1441,6 @@ LATE = cases("""
     not all of torchrun's | RANK=0 | RANK=0 WORLD_SIZE=1
     no backend of this name | --attention x | --attention flash | --attention _native_cudnn
     new folder            | --record one.txt/x
-    must be a whole file  | --replay cut_tape
     written to, and that no other | --out one.txt | --out one.txt/x | --out /proc/x | --out busy
     in step 3, prompts 'a | --reward judges:later
     in the evaluation of step 0, prompts 'a red circle' | --reward judges:nan
