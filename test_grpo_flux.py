@@ -1867,14 +1867,14 @@ def run_with_kills(folder, ranks, seed):
 
 @job
 def few_kills(folder):
-    # Seed 535 dies while the tiny models are built, before the run begins, and in a checkpoint.
-    return [run_with_kills(folder, 1, seed) for seed in (0, 535)]
+    # 4 dies in a checkpoint, 535 while the tiny models are built; how often else, time decides.
+    return [run_with_kills(folder, 1, seed) for seed in (0, 4, 535)]
 
 @faults
 def test_few_kills(few_kills):
     """Half a checkpoint, picture, model or line that the next run takes for a whole one."""
-    whole, killed = few_kills
-    assert killed == whole
+    whole, *killed = few_kills
+    assert killed == 2 * [whole]
 
 @faults
 @pytest.mark.parametrize("ranks", [1, 2])
