@@ -1677,14 +1677,14 @@ def content(folder):
 
 def doomed(seed, attempt, rank=0):
     """Run grpo_flux.py and, unless seed is 0, kill it up to 5 ms after it opens a file to write,
-    renames or removes one. Each time has the same chance to be the last, so it dies anywhere."""
+    renames or removes one: any of the first 70, of about 110 in a whole run."""
     rng, fit = np.random.default_rng([seed, attempt, rank]), reward.fit
-    chance = 0.03 if seed else 0
+    seen, last = itertools.count(), rng.integers(70) if seed else None
 
     def see(event, args):
         changes = event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove")
         writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
-        if (changes or writes) and rng.random() < chance:
+        if (changes or writes) and next(seen) == last:
             after = 0.005 * rng.random()
             threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
@@ -1724,13 +1724,14 @@ def run_with_kills(folder, ranks, seed):
 
 @job
 def few_kills(folder):
-    return [run_with_kills(folder, 1, seed) for seed in range(2)]
+    # 4 dies in a checkpoint, 535 while the tiny models are built; how often else, time decides.
+    return [run_with_kills(folder, 1, seed) for seed in (0, 4, 535)]
 
 @faults
 def test_few_kills(few_kills):
     """Half a checkpoint, picture, model or line that the next run takes for a whole one."""
-    whole, killed = few_kills
-    assert killed == whole
+    whole, *killed = few_kills
+    assert killed == 2 * [whole]
 
 @faults
 @pytest.mark.parametrize("ranks", [1, 2])
