@@ -1418,12 +1418,12 @@ class Run:
             path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, line):
-        """Append a line to metrics.jsonl; after an evaluation draw its picture and the curves."""
+        """Append a line to metrics.jsonl. If it has an evaluation, draw before_after.png."""
         if self.rank:
             return
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
-        if any("held_out" in name for name in line):
+        if line["step"] and any("held_out" in name for name in line):
             plot(self, line["step"])
 
 def explain_gradient(step, history, taken):
@@ -1475,11 +1475,8 @@ def plot(run, step):
     """Draw before_after.png: the pictures of the first evaluation and of this one, the curves of
     what was evaluated and, pale, of the rewards of each GRPO step."""
     from matplotlib.figure import Figure  # takes a second
-    numbers = {"before": 0}
-    if step:
-        numbers[f"after {step} GRPO steps"] = step
     images = {}
-    for title, number in numbers.items():
+    for title, number in {"before": 0, f"after {step} GRPO steps": step}.items():
         file = run.out / "images" / f"step_{number:05d}.png"
         if file.exists():
             images[title] = np.asarray(Image.open(file))

@@ -123,6 +123,11 @@ def tiny(request, tmp_path_factory):
 def same_numbers():
     torch.manual_seed(0)
     grpo_flux.on_draw = None  # the tape of another test
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    yield
+    for number, handler in handlers.items():
+        if signal.getsignal(number) != handler:  # that of a run in this process
+            signal.signal(number, handler)
 
 def sample(tiny, cfg, keys):
     """The trajectory of some (step, prompt_index, sample) on TWO prompts, and its text."""
