@@ -1631,7 +1631,7 @@ def check_same_experiment(cfg, folder):
         content = " with the same content" if f.name in FILE_FLAGS else ""
         no_average = f.name == "ema_decay" and not (ours and theirs)
         require(f.name in TUNED and not no_average,
-                f"--{f.name} {ours}: must be {theirs or '(not given)'}{content}, as in the run of "
+                f"--{f.name} {ours}: must be {'(not given)' if theirs == '' else theirs}{content}, as in the run of "
                 f"{folder}; or give another --out")
         changes += f", {f.name} {theirs} -> {ours}"
     return changes

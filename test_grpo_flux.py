@@ -1803,7 +1803,7 @@ def test_what_a_resumed_run_may_change(tiny, tmp_path):
     for f in fields(cfg):
         old = getattr(cfg, f.name)
         new = old + {str: "x"}.get(f.type, 1)
-        words = f"--{f.name} {new}: must be {old or '(not given)'}"
+        words = f"--{f.name} {new}: must be {'(not given)' if old == '' else old}"
         if f.name in grpo_flux.TUNED:
             words = f", {f.name} {old} -> {new}"
         elif f.name in grpo_flux.FREE + grpo_flux.LOCAL:
