@@ -1630,9 +1630,10 @@ def check_same_experiment(cfg, folder):
             continue
         content = " with the same content" if f.name in FILE_FLAGS else ""
         no_average = f.name == "ema_decay" and not (ours and theirs)
+        required = "(not given)" if theirs == "" else theirs
         require(f.name in TUNED and not no_average,
-                f"--{f.name} {ours}: must be {'(not given)' if theirs == '' else theirs}{content}, as in the run of "
-                f"{folder}; or give another --out")
+                f"--{f.name} {ours}: must be {required}{content}, as in the run of {folder}; or "
+                "give another --out")
         changes += f", {f.name} {theirs} -> {ours}"
     return changes
 
