@@ -1475,21 +1475,19 @@ def plot(run, step):
     """Draw before_after.png: the pictures of the first evaluation and of this one, the curves of
     what was evaluated and, pale, of the rewards of each GRPO step."""
     from matplotlib.figure import Figure  # takes a second
-    images = {}
-    for title, number in {"before": 0, f"after {step} GRPO steps": step}.items():
-        file = run.out / "images" / f"step_{number:05d}.png"
-        if file.exists():
-            images[title] = np.asarray(Image.open(file))
-    height = 1 + 4 * max(image.shape[0] / image.shape[1] for image in images.values())
-    figure = Figure((4.2 * len(images) + 5, height), layout="constrained", dpi=120)
-    *panels, axes = figure.subplots(1, len(images) + 1)
-
-    for panel, (title, image) in zip(panels, images.items()):
-        panel.imshow(image)
+    figure = Figure((14, 7.5), layout="constrained", dpi=120)
+    *panels, axes = figure.subplots(1, 3)
+    titles = {"before": 0, f"after {step} GRPO steps": step}
+    for panel, (title, number) in zip(panels, titles.items()):
         panel.set(title=title, xticks=[], yticks=[], frame_on=False)
+        file = run.out / "images" / f"step_{number:05d}.png"
+        if not file.exists():
+            continue  # the run began from a checkpoint of another
+        picture = Image.open(file)
+        panel.imshow(picture)
         if run.eval_prompts == reward.TINY_PROMPTS and run.cfg.eval_images >= 24:
             # Colours by shapes: name the rows and columns.
-            height, width, _ = image.shape
+            width, height = picture.size
             panel.set_yticks((np.arange(6) + 0.5) * height / 6, reward.COLORS)
             panel.set_xticks((np.arange(4) + 0.5) * width / 4, reward.SHAPES)
             panel.tick_params(length=0)
@@ -1500,7 +1498,7 @@ def plot(run, step):
         values = [line[name] for line in lines if name in line]
         if name.startswith(("held_out", "accuracy", "right_")):
             axes.plot(steps, values, lw=1.2, label=name)
-        elif any(f"{name}_std" in line for line in lines):
+        elif f"{name}_std" in lines[-1]:
             axes.plot(steps, values, lw=0.6, alpha=0.5, label=name, zorder=1)
     axes.set_xlabel("GRPO step")
     axes.legend(frameon=False)
