@@ -11,7 +11,6 @@ people preferred.
 """
 import argparse
 import cmath
-import importlib.util
 import json
 import os
 import pkgutil
@@ -42,21 +41,18 @@ def require(condition, message):
 
 def printable(text):
     """Return text for the terminal; escaped if it holds what would steer the terminal."""
-    text = str(text)
-    return text if text.isprintable() else ascii(text)[1:-1]
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 def exit_with_error(message, status=2):
     """End the program with one line on stderr, of at most 2,000 characters."""
-    line = textwrap.shorten(str(message), 2000)
-    print("error:", printable(line), file=sys.stderr)
+    print("error:", printable(textwrap.shorten(str(message), 2000)), file=sys.stderr)
     sys.exit(status)
 
 def is_collective_error(error):
     """Tell whether a collective has failed: another process has ended, or the network has."""
     # Backends raise RuntimeError or a kind of it, such as DistStoreError; the texts of OSError
     # and ValueError may hold a user's paths.
-    named = re.search("(?i)^dist|gloo|nccl|hccl", repr(error))
-    return isinstance(error, RuntimeError) and named
+    return isinstance(error, RuntimeError) and re.search("(?i)^dist|gloo|nccl|hccl", repr(error))
 
 @contextmanager
 def bad_input_if_fails(message):
@@ -158,11 +154,6 @@ def describe_device(device):
         return f"{card}, torch {torch.__version__}"
     return (f"{os.uname().machine} {torch.backends.cpu.get_cpu_capability()}, "
             f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-
-def check_compile(device):
-    """Raise BadInput if torch.compile has no compiler for the device."""
-    require(torch.device(device).type != "npu" or importlib.util.find_spec("triton"),
-            "--compile: torch.compile needs triton-ascend on an NPU; install it")
 
 def check_attention(backend, device, dtype, deterministic=False):
     """Raise BadInput unless a backend of diffusers' attention can train on device in dtype."""
@@ -272,6 +263,8 @@ class HPS:
             # It runs no code of the file; fp16 weights are copied into fp32 ones.
             self.model = open_clip.create_model(
                 arch, str(checkpoint), force_preprocess_cfg=normalise)
+            # It has resized weights of another image size or text length. This refuses them.
+            self.model.load_state_dict(open_clip.factory.load_state_dict(checkpoint))
             self.tokenizer = open_clip.get_tokenizer(arch)
         # The fused attention of torch's eval mode has no NPU kernel: one path on every device.
         torch.backends.mha.set_fastpath_enabled(False)
@@ -288,7 +281,8 @@ class HPS:
             pixels = preprocess(images.to(self.device).float(), visual.image_size[0],
                                 visual.image_mean, visual.image_std)
             tokens = self.tokenizer(unique).to(self.device)
-            image, text, *_ = self.model(pixels, tokens)  # vectors of length 1
+            image = self.model.encode_image(pixels, normalize=True)
+            text = self.model.encode_text(tokens, normalize=True)
         # The product in fp16 would round 0.28 to steps of 0.0002.
         return (image.float() * text.float()[rows]).sum(-1)
 
@@ -376,6 +370,7 @@ def read_prompts(path):
             "table"):
         require(not re.search(r"(?i)\.(csv|tsv|jsonl?)$", str(path)), "it has the name of one")
         text = Path(path).read_text(encoding="utf-8-sig")
+        require("\0" not in text, "it holds a zero byte, as UTF-16 does")
         lines = text.split("\n")  # splitlines splits at more characters
         prompts = [line.strip() for line in lines if line.strip()]
         require(prompts, "it is empty")
@@ -544,7 +539,7 @@ FLAGS = {
 
 def natural(path):
     """Return a key to sort paths by that takes digits for numbers: a2.png before a10.png."""
-    return re.sub(r"\d+", lambda number: number[0].zfill(20), str(path))
+    return re.sub(r"\d+", lambda number: number[0].zfill(20), str(path)), str(path)
 
 def find_pictures(paths):
     """Return the files among paths, and the pictures of folders among them in natural order."""
@@ -554,8 +549,7 @@ def find_pictures(paths):
         files += sorted(inside, key=natural) if path.is_dir() else [path]
     require(files, f"{paths[0]}: must be a picture, or a folder with some ({PICTURES})")
     for file in files:  # before a model is loaded
-        with bad_input_if_fails(f"{file}: must be a picture that Pillow can read"):
-            Image.open(file).close()
+        read_image(file)
     return files
 
 def read_image(path):
@@ -573,9 +567,9 @@ def prompts_from_names(files):
     prompts = [re.sub(r"^\d+[- ]+", "", name).strip() for name in names]
     words = {re.sub(r"[\W\d]+", "", prompt) for prompt in prompts}
     # ComfyUI_00001_.png, ComfyUI_00002_.png: the scores of that word would look plausible
-    told = all(words) and (len(files) == 1 or len(words) > 1)
-    require(told, "--prompt (not given): must be, as the names of the pictures have no words, "
-            f"or each the same: {files[0]}")
+    require(all(words) and (len(files) == 1 or len(words) > 1),
+            "--prompt (not given): must be, as the names of the pictures have no words, or each "
+            f"the same: {files[0]}")
     return prompts
 
 def check_save(path):
@@ -672,5 +666,6 @@ def main(argv=None):
         os._exit(1)  # `| head` has seen enough; no flush, which would fail as well
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
+    if sys.stdout:  # a daemon may have closed it
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
     main()
