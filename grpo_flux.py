@@ -1526,8 +1526,6 @@ def write_json(path, value):
 
 # ------------------------------------------------------------------ checkpoints and resume
 
-# what config.json holds beside the flags
-NOT_FLAGS = {"machine", "versions", "fingerprints"}
 # the flags that may name files, which are compared by what they hold
 FILE_FLAGS = ("model", "prompts", "hps", "hps_arch", "clip", "clip_arch", "pickscore")
 
@@ -1857,9 +1855,9 @@ def train(run, info, checkpoint):
         run.open(info, done)
         print_plan(run)
     received = list_stop_signals()
+    begin = time.monotonic()
     if done == 0:
         run.write({"step": 0} | run.evaluate(0))
-    begin = time.monotonic()
 
     silent = 0  # GRPO steps in a row in which no group had two different rewards
     bar = tqdm(range(done + 1, cfg.steps + 1), "GRPO", cfg.steps, initial=done, unit="step",
@@ -1868,7 +1866,7 @@ def train(run, info, checkpoint):
         line = run.metrics(step, *train_step(step - 1, run))
         if cfg.compile and run.rank == 0 and step == done + 1:
             seconds = time.monotonic() - begin
-            bar.write(f"compilation, with the first GRPO step, took {seconds:.0f} s")
+            bar.write(f"compilation and all until the end of this GRPO step took {seconds:.0f} s")
         if step % cfg.eval_every == 0 or step == cfg.steps:
             line |= run.evaluate(step)
         run.write(line)
